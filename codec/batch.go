@@ -1,0 +1,198 @@
+package codec
+
+// The batches in which the event loops, the shards and the broker exchange their work. Each has
+// one owner at a time; handing it over gives up every right to it.
+
+// EventKind says what an Event reports.
+type EventKind uint8
+
+// The kinds of Event. For one session a loop sends EventOpen first and EventClose last.
+const (
+	EventOpen    EventKind = iota + 1 // Open is set
+	EventMessage                      // Upstream is set
+	EventRefresh                      // Value is the new token's expiry, Unix milliseconds
+	EventFlushed                      // Value is the Position handed to the kernel so far
+	EventClose                        // Code and Reason are set; the slot's generation has ended
+)
+
+// Event is what an event loop tells a shard about one session.
+type Event struct {
+	Kind     EventKind
+	Code     CloseCode // EventClose: what was sent or received, else CloseAbnormal
+	Session  SessionID
+	Value    int64
+	Open     *Open
+	Upstream *Upstream
+	Reason   string // EventClose: one of the fixed reason names of package transport
+}
+
+// Open is what the shard needs to know of a new session.
+type Open struct {
+	User        string // the authenticated user's id
+	ExpiresAt   int64  // when the token expires, Unix milliseconds
+	ConnectedAt int64  // Unix milliseconds
+}
+
+// IngressBatch is what one event loop has for one shard. Its order is the order of arrival.
+type IngressBatch struct {
+	Loop   int
+	Events []Event
+}
+
+// CommandKind says what a Command asks for.
+type CommandKind uint8
+
+// The kinds of Command.
+const (
+	CommandFrame CommandKind = iota + 1 // write Payload as one data frame
+	CommandPing                         // close with 4001 when silent too long, else write a WebSocket ping
+	CommandClose                        // write what is pending, a close frame, then close
+)
+
+// Outcome is what became of a CommandFrame.
+type Outcome uint8
+
+// The outcomes. A buffered frame's fate follows by EventFlushed or EventClose.
+const (
+	OutcomeNone     Outcome = iota
+	OutcomeFlushed          // its bytes were handed to the kernel
+	OutcomeBuffered         // accepted; Position says where it ends in the connection's stream
+	OutcomeGone             // the session had ended, nothing was written
+)
+
+// Command is what a shard asks an event loop to do with one connection.
+type Command struct {
+	Kind     CommandKind
+	Outcome  Outcome   // set by the loop
+	Code     CloseCode // CommandClose
+	Session  SessionID
+	Payload  []byte   // CommandFrame: read-only, may be shared by many commands
+	Reason   string   // CommandClose: the close frame's reason, at most 123 bytes of UTF-8
+	Position uint64   // set by the loop when OutcomeBuffered: bytes of the stream up to this frame's end
+	Delivery Delivery // CommandFrame: the downstream record that it carries, if any; the shard's own
+}
+
+// EgressBatch is what one shard has for one event loop. It goes to the loop and comes back whole
+// with the outcomes set; at most one per shard and loop is on its way.
+type EgressBatch struct {
+	Shard    int
+	Loop     int
+	Commands []Command
+	// Arena backs the payloads that are made for one command each.
+	Arena []byte
+}
+
+// Reset empties the batch for reuse and drops every reference that it holds.
+func (b *EgressBatch) Reset() {
+	clear(b.Commands)
+	b.Commands = b.Commands[:0]
+	b.Arena = b.Arena[:0]
+}
+
+// Upstream is one client message on its way to Kafka. It is built by an event loop (or the HTTP
+// API), decided about by its shard, stored by the broker, and comes back to the shard with the
+// result. It is pooled: NewUpstream and Release.
+type Upstream struct {
+	// Set by the builder, read-only afterwards. The slices point into one buffer of the record's own.
+	Session     SessionID // zero: from the HTTP API
+	User        string    // the record's key
+	Value       []byte    // the record's value, final bytes
+	MessageID   []byte    // the gateway's ULID
+	ClientMsgID []byte    // the client's name for it, unescaped; empty: no ack wanted
+	Type        []byte    // unescaped
+	TraceParent []byte    // W3C trace context
+	Temp        bool      // the name came as data.tempMessageId and is echoed as that too
+
+	// Owned by the shard while the record is in flight.
+	Prev, Next *Upstream             // the shard's list, oldest first
+	Deadline   int64                 // Unix ms after which the client is told OUTCOME_UNKNOWN
+	Unknown    bool                  // it has been told
+	Reply      chan<- UpstreamResult // the HTTP API waits here, capacity 1; nil otherwise
+
+	// Set by the broker.
+	Result UpstreamResult
+
+	buf []byte
+}
+
+// UpstreamResult is the broker's answer for one record.
+type UpstreamResult struct {
+	Code         Code // OK: stored by all in-sync replicas
+	RetryAfterMS int32
+	Partition    int32
+	Offset       int64  // -1: stored, offset not known
+	MessageID    string // set for HTTP replies only
+}
+
+// UpstreamBatch carries records from a shard to the broker and results back.
+type UpstreamBatch struct {
+	Shard   int
+	Records []*Upstream
+}
+
+// End says how the delivery of one record to one target ended.
+type End uint8
+
+// The ends; the names of all but EndDelivered are the reason header on the undelivered topic.
+const (
+	EndNone End = iota
+	EndDelivered
+	EndOffline
+	EndMoved
+	EndSlowConsumer
+	EndUnacked
+	EndExpired
+	EndShutdown
+	NumEnds
+)
+
+var endNames = [NumEnds]string{"none", "delivered", "offline", "moved", "slow_consumer", "unacked", "expired", "shutdown"}
+
+func (e End) String() string { return endNames[e] }
+
+// Downstream is one parsed downstream record. It is read-only once it has been dispatched, but for
+// the fields of its consumer.
+type Downstream struct {
+	Partition int32
+	Offset    int64
+	Key       []byte // the Kafka record's
+	Value     []byte // the Kafka record's
+
+	Targets    []string
+	Type       string // "new-message" unless the record names one
+	MessageID  string // {topic}-{partition}-{offset} unless the record names one
+	TraceID    string
+	Data       []byte // valid JSON
+	ExpireAt   int64  // Unix ms; 0: never
+	Kick       bool   // Type is "kick": close the targets' sessions
+	KickReason string
+	Frame      []byte // the client frame, im.json.v1, encoded once for all targets
+
+	// Owner is told of the ends; nil: nobody is (a gRPC Push uses its own).
+	Owner EndSink
+	// Pending counts the targets that have not ended; the Owner's own.
+	Pending int
+}
+
+// EndSink takes the ends of deliveries, a batch at a time. The batch becomes the sink's.
+type EndSink interface {
+	// Ends is called by a shard and must not block.
+	Ends([]Ended)
+}
+
+// Delivery is one record for one target: Record.Targets[Target].
+type Delivery struct {
+	Record *Downstream
+	Target int32
+}
+
+// Ended is a Delivery and how it ended.
+type Ended struct {
+	Delivery
+	End End
+}
+
+// DeliveryBatch is what a consumer has for one shard.
+type DeliveryBatch struct {
+	Deliveries []Delivery
+}
