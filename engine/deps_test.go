@@ -1,0 +1,58 @@
+package engine
+
+import (
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+// TestDependencies holds the direction in which the packages may import each other.
+func TestDependencies(t *testing.T) {
+	const module = "im-gateway/"
+	allowed := map[string][]string{
+		"codec":     {},
+		"registry":  {},
+		"transport": {"codec"},
+		"shard":     {"codec"},
+		"broker":    {"codec"},
+		"bench":     {"codec"},
+		"engine":    {"codec", "transport", "shard", "broker", "registry"},
+	}
+	for pkg, may := range allowed {
+		for _, dep := range goList(t, "{{join .Imports \"\\n\"}}", module+pkg) {
+			ours, found := strings.CutPrefix(dep, module)
+			if !found {
+				continue
+			}
+			top, _, _ := strings.Cut(ours, "/")
+			ok := top == "codec"
+			for _, m := range may {
+				ok = ok || top == m
+			}
+			if !ok || pkg == "codec" || pkg == "registry" {
+				t.Errorf("%s imports %s", pkg, dep)
+			}
+		}
+	}
+}
+
+// TestNoEmbeddedServerInProduction keeps the servers of im-dev out of the gateway's binary.
+func TestNoEmbeddedServerInProduction(t *testing.T) {
+	banned := []string{"miniredis", "kfake", "etcd/server", "im-gateway/cmd/im-dev", "chromedp"}
+	for _, dep := range goList(t, "{{join .Deps \"\\n\"}}", "im-gateway/cmd/im-gateway") {
+		for _, b := range banned {
+			if strings.Contains(dep, b) {
+				t.Errorf("im-gateway links %s", dep)
+			}
+		}
+	}
+}
+
+func goList(t *testing.T, format, pkg string) []string {
+	t.Helper()
+	out, err := exec.Command("go", "list", "-f", format, pkg).CombinedOutput()
+	if err != nil {
+		t.Fatalf("go list %s: %v\n%s", pkg, err, out)
+	}
+	return strings.Fields(string(out))
+}
