@@ -1,0 +1,111 @@
+package engine
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/rs/zerolog"
+)
+
+// AdminOptions configure the operators' port.
+type AdminOptions struct {
+	GatewayID string
+	Version   string
+	Readiness *Readiness
+	Registry  *prometheus.Registry
+	Logger    zerolog.Logger
+}
+
+// NewAdmin returns the handler of the operators' port: /healthz, /readyz, /metrics, /debug/pprof.
+// It registers the metrics that say which gateway this is and whether it is ready.
+func NewAdmin(o AdminOptions) (http.Handler, error) {
+	info := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name:        "im_gateway_info",
+		Help:        "Always 1; the labels name the gateway and its version.",
+		ConstLabels: prometheus.Labels{"gateway_id": o.GatewayID, "version": o.Version},
+	}, func() float64 { return 1 })
+	ready := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "im_gateway_ready",
+		Help: "Whether /readyz answers 200: 1 or 0.",
+	}, func() float64 {
+		if len(o.Readiness.Missing()) == 0 {
+			return 1
+		}
+		return 0
+	})
+	for _, c := range []prometheus.Collector{info, ready} {
+		if err := o.Registry.Register(c); err != nil {
+			return nil, fmt.Errorf("register the gateway's own metrics: %w", err)
+		}
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		writeAdmin(w, http.StatusOK, map[string]any{"status": "ok"})
+	})
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if missing := o.Readiness.Missing(); len(missing) > 0 {
+			writeAdmin(w, http.StatusServiceUnavailable, map[string]any{"ready": false, "missing": missing})
+			return
+		}
+		writeAdmin(w, http.StatusOK, map[string]any{"ready": true})
+	})
+	mux.Handle("GET /metrics", promhttp.HandlerFor(o.Registry, promhttp.HandlerOpts{
+		ErrorLog: promLog{o.Logger}, ErrorHandling: promhttp.ContinueOnError,
+	}))
+	mux.HandleFunc("/debug/pprof/", pprof.Index)
+	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
+	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	return mux, nil
+}
+
+func writeAdmin(w http.ResponseWriter, status int, body any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(body) // a reader that went away is no concern of ours
+}
+
+// promLog writes what promhttp could not gather to the log.
+type promLog struct{ logger zerolog.Logger }
+
+// Println implements promhttp.Logger.
+func (l promLog) Println(v ...any) { l.logger.Warn().Msg(fmt.Sprint(v...)) }
+
+const adminStop = time.Second
+
+// ServeAdmin serves the operators' port on ln, which it closes, until ctx ends. It is the last to
+// stop, so that a drain can be watched.
+func ServeAdmin(ctx context.Context, ln net.Listener, h http.Handler) error {
+	server := &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    16 << 10,
+	}
+	done := make(chan error, 1)
+	go func() { done <- server.Serve(ln) }()
+	select {
+	case err := <-done:
+		return fmt.Errorf("serve the admin port: %w", err)
+	case <-ctx.Done():
+	}
+	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), adminStop)
+	defer cancel()
+	if server.Shutdown(stop) != nil {
+		_ = server.Close() // a profile under way is cut off
+	}
+	if err := <-done; !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve the admin port: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,267 @@
+package engine
+
+import "time"
+
+// The comments of the fields below are also the text of docs/configuration.md and of
+// `im-gateway config reference`: config_reference.go reads them out of this file. A sentence that
+// begins with "Cost:" says what a higher value costs.
+//
+// Tags: koanf names the key; range, oneof and check bound the value and are shown in the reference;
+// unit names the unit of a number; secret hides the value and adds the key NAME_file, which names a
+// file to read the value from; required refuses an empty value.
+
+// Config is the whole configuration. It is a plain value: read-only once the engine has it.
+type Config struct {
+	// The name of this gateway: of its downstream topic, its entry in etcd and its users' entries in
+	// Redis. Empty: the host's name and a random suffix, new at each start. Give a fixed name (in
+	// Kubernetes a StatefulSet's pod name) to keep the topic across restarts; two running gateways
+	// must never share one.
+	GatewayID string `koanf:"gateway_id" check:"gateway_id"`
+
+	HTTP      HTTP      `koanf:"http"`
+	WebSocket WebSocket `koanf:"websocket"`
+	Auth      Auth      `koanf:"auth"`
+	Kafka     Kafka     `koanf:"kafka"`
+	Redis     Redis     `koanf:"redis"`
+	Etcd      Etcd      `koanf:"etcd"`
+	Logic     Logic     `koanf:"logic"`
+	GRPC      GRPC      `koanf:"grpc"`
+	Admin     Admin     `koanf:"admin"`
+	Shard     Shard     `koanf:"shard"`
+	Drain     Drain     `koanf:"drain"`
+	Log       Log       `koanf:"log"`
+}
+
+// HTTP is the public port: WebSocket and the HTTP API.
+type HTTP struct {
+	// The public listener, WebSocket and HTTP API alike.
+	Addr string `koanf:"addr" check:"listen" required:"true"`
+	// Event loops, which own the connections. 0: one per core. Cost: a goroutine and 64 KiB each;
+	// more than the cores only adds wake-ups.
+	Loops int `koanf:"loops" range:"0..256"`
+	// The web origins that browsers may call the HTTP API from; * stands for every origin. Empty:
+	// no page of another origin.
+	CORSOrigins []string `koanf:"cors_origins" check:"origin"`
+	// HTTP API requests served at once; beyond it the answer is 503 with Retry-After. Cost: a
+	// goroutine and up to 64 KiB of body each.
+	MaxRequests int `koanf:"max_requests" range:"1..65536"`
+}
+
+// WebSocket bounds what one client may send and what is held for it.
+type WebSocket struct {
+	// The largest client message, all fragments together; a larger one is refused. Cost: that much
+	// memory for each client in the middle of a message.
+	MaxMessageBytes int `koanf:"max_message_bytes" unit:"bytes" range:"1KiB..768KiB"`
+	// The largest HTTP head of an upgrade request. Cost: that much for each connection in its handshake.
+	HeadBytes int `koanf:"head_bytes" unit:"bytes" range:"1KiB..64KiB"`
+	// How long a new connection may take to send its first request.
+	HandshakeTimeout time.Duration `koanf:"handshake_timeout" range:"100ms..5m"`
+	// How often each client is pinged. Cost of a lower value: more writes, two packets per ping.
+	Heartbeat time.Duration `koanf:"heartbeat" range:"100ms..10m"`
+	// A client silent for so long is closed with 4001. Must be longer than websocket.heartbeat.
+	HeartbeatTimeout time.Duration `koanf:"heartbeat_timeout" range:"200ms..1h"`
+	// Bytes that may wait to be written to one client; a client that reads too slowly to stay below is
+	// closed with 4000. Must hold the largest downstream record. Cost: up to that much for each slow
+	// client.
+	EgressBudgetBytes int `koanf:"egress_budget_bytes" unit:"bytes" range:"64KiB..64MiB"`
+	// Connections held at once; further ones are refused. 0: what the limit on open files allows,
+	// with head-room for the gateway's own. Cost: about 4 KiB of memory each, kernel included.
+	MaxConnections int `koanf:"max_connections" range:"0..16000000"`
+	// The web origins that browsers may connect from; * stands for every origin. Empty: every origin,
+	// which is safe as sessions are opened by tokens, never by cookies.
+	AllowedOrigins []string `koanf:"allowed_origins" check:"origin"`
+}
+
+// Auth says how access tokens (JWT) are checked.
+type Auth struct {
+	// The only signature algorithm that is accepted; the token's own claim about it is never believed.
+	Algorithm string `koanf:"algorithm" oneof:"HS256|HS384|HS512|RS256|ES256|EdDSA"`
+	// The secret shared with im-logic, for the HS algorithms; at least 32 random bytes are advised.
+	HS256Secret string `koanf:"hs256_secret" secret:"true"`
+	// The secret before the last change, still accepted; remove it once its tokens have expired.
+	PreviousSecret string `koanf:"previous_secret" secret:"true"`
+	// PEM file with the public key, for RS256, ES256 and EdDSA.
+	PublicKeyFile string `koanf:"public_key_file" check:"file"`
+	// When set, a token's iss must be this.
+	Issuer string `koanf:"issuer"`
+	// When set, a token's aud must contain this.
+	Audience string `koanf:"audience"`
+	// The difference between the clocks that is tolerated in exp and nbf.
+	Leeway time.Duration `koanf:"leeway" range:"0s..10m"`
+}
+
+// Kafka is the connection to Kafka, the topics and the limits on what is under way.
+type Kafka struct {
+	// Brokers to begin with; the others are learnt from them.
+	Brokers []string `koanf:"brokers" check:"hostport" required:"true"`
+	// Where client messages are stored.
+	UpstreamTopic string `koanf:"upstream_topic" check:"topic" required:"true"`
+	// The topic read by this gateway is this prefix and its gateway_id.
+	DownstreamTopicPrefix string `koanf:"downstream_topic_prefix" check:"topic" required:"true"`
+	// Where records go that could not be delivered, with the reason in a header.
+	UndeliveredTopic string `koanf:"undelivered_topic" check:"topic" required:"true"`
+	// Where records go that could not be parsed.
+	DeadletterTopic string `koanf:"deadletter_topic" check:"topic" required:"true"`
+	// Where user.online and user.offline events go.
+	UserEventsTopic string `koanf:"user_events_topic" check:"topic" required:"true"`
+	// Create the shared topics (the four above that carry no gateway_id) when they are missing. The
+	// gateway's own downstream topic is always created.
+	CreateSharedTopics bool `koanf:"create_shared_topics"`
+	// Refuse to start when a topic has fewer than 3 replicas or min.insync.replicas below 2, rather
+	// than warn.
+	Strict bool `koanf:"strict"`
+	// Partitions of a downstream topic that the gateway creates.
+	DownstreamPartitions int `koanf:"downstream_partitions" range:"1..1024"`
+	// Replicas of a downstream topic that the gateway creates. 0: the brokers' default.
+	DownstreamReplication int `koanf:"downstream_replication" range:"0..16"`
+	// How long a downstream topic that the gateway creates keeps its records.
+	DownstreamRetention time.Duration `koanf:"downstream_retention" range:"1m..8760h"`
+	// Partitions of a shared topic that the gateway creates.
+	SharedPartitions int `koanf:"shared_partitions" range:"1..1024"`
+	// Replicas of a shared topic that the gateway creates. 0: the brokers' default.
+	SharedReplication int `koanf:"shared_replication" range:"0..16"`
+	// Client messages handed to the producer and not yet answered by Kafka; beyond it messages are
+	// refused with OVERLOADED. Cost: about 1 KiB each.
+	MaxInFlightRecords int `koanf:"max_in_flight_records" range:"1..10000000"`
+	// The same limit in bytes.
+	MaxInFlightBytes int `koanf:"max_in_flight_bytes" unit:"bytes" range:"1MiB..16GiB"`
+	// A batch for Kafka is sent after so many records at the latest.
+	FlushMessages int `koanf:"flush_messages" range:"1..100000"`
+	// A batch for Kafka is sent after so many bytes at the latest.
+	FlushBytes int `koanf:"flush_bytes" unit:"bytes" range:"1KiB..1MiB"`
+	// A batch for Kafka is sent after so long at the latest. A higher value saves CPU and adds to every
+	// ack's latency.
+	FlushInterval time.Duration `koanf:"flush_interval" range:"0s..1s"`
+	// A message that Kafka has not acknowledged for so long is answered OUTCOME_UNKNOWN.
+	AckDeadline time.Duration `koanf:"ack_deadline" range:"100ms..2m"`
+	// How long after the listener opens the backlog is fetched, so that a restart finds its users
+	// connected again.
+	StartGrace time.Duration `koanf:"start_grace" range:"0s..5m"`
+	TLS        TLS           `koanf:"tls"`
+	SASL       SASL          `koanf:"sasl"`
+}
+
+// SASL is the login at Kafka.
+type SASL struct {
+	// How to log in at Kafka. none: not at all.
+	Mechanism string `koanf:"mechanism" oneof:"none|PLAIN|SCRAM-SHA-256|SCRAM-SHA-512"`
+	// The user's name.
+	Username string `koanf:"username"`
+	// The user's password. PLAIN sends it as it is: use TLS.
+	Password string `koanf:"password" secret:"true"`
+}
+
+// TLS is one client's side of TLS.
+type TLS struct {
+	// Use TLS, version 1.2 or later. Certificates are always verified.
+	Enabled bool `koanf:"enabled"`
+	// PEM file with the authorities to trust. Empty: the system's.
+	CAFile string `koanf:"ca_file" check:"file"`
+	// PEM file with the client's certificate chain, when the server asks for one.
+	CertFile string `koanf:"cert_file" check:"file"`
+	// PEM file with the key of cert_file.
+	KeyFile string `koanf:"key_file" check:"file"`
+	// The name that the server's certificate must carry. Empty: the host dialled.
+	ServerName string `koanf:"server_name"`
+}
+
+// Redis is the connection to Redis and the life of presence entries.
+type Redis struct {
+	// Redis servers: one for a single server, all Sentinels, or some nodes of a Cluster.
+	Addrs []string `koanf:"addrs" check:"hostport" required:"true"`
+	// The user's name. Empty: the default user.
+	Username string `koanf:"username"`
+	// The user's password.
+	Password string `koanf:"password" secret:"true"`
+	// The master's name; when set, redis.addrs are Sentinels.
+	SentinelMaster string `koanf:"sentinel_master"`
+	// Whether redis.addrs are nodes of a Cluster.
+	Cluster bool `koanf:"cluster"`
+	// How long an entry outlives its last refresh: so long a crashed gateway's users look connected.
+	PresenceTTL time.Duration `koanf:"presence_ttl" range:"1s..1h"`
+	// How often each entry is refreshed, evenly spread. At most half of redis.presence_ttl. Cost of a
+	// lower value: Redis CPU, about 4 us per entry.
+	RefreshInterval time.Duration `koanf:"refresh_interval" range:"300ms..30m"`
+	TLS             TLS           `koanf:"tls"`
+}
+
+// Etcd is the connection to etcd and the life of this gateway's registration.
+type Etcd struct {
+	// etcd's endpoints.
+	Endpoints []string `koanf:"endpoints" check:"endpoint" required:"true"`
+	// The user's name. Empty: no login.
+	Username string `koanf:"username"`
+	// The user's password.
+	Password string `koanf:"password" secret:"true"`
+	// How long the registration outlives a crash.
+	LeaseTTL time.Duration `koanf:"lease_ttl" range:"2s..10m"`
+	TLS      TLS           `koanf:"tls"`
+}
+
+// Logic is the connection to im-logic.
+type Logic struct {
+	// Where im-logic is: etcd:///NAME finds every instance registered under NAME in etcd, host:port is
+	// a fixed address.
+	Target string `koanf:"target" check:"target" required:"true"`
+	// How long im-logic may take for one call; beyond it the answer is 504.
+	Deadline time.Duration `koanf:"deadline" range:"50ms..1m"`
+	TLS      TLS           `koanf:"tls"`
+}
+
+// GRPC is the gRPC server and the client's side of calls to other gateways.
+type GRPC struct {
+	// The gRPC listener, for im-logic and the other gateways. Anything but loopback needs grpc.token
+	// or mutual TLS.
+	Addr string `koanf:"addr" check:"listen" required:"true"`
+	// The address that is written to etcd for others to dial. Empty: grpc.addr, its host replaced by
+	// this machine's address when it names none.
+	AdvertiseAddr string `koanf:"advertise_addr" check:"hostport"`
+	// The token that callers send as `authorization: Bearer TOKEN`; the same on all gateways.
+	Token string  `koanf:"token" secret:"true"`
+	TLS   GRPCTLS `koanf:"tls"`
+}
+
+// GRPCTLS is the TLS of the gRPC server, and of calls to other gateways, which use the same files.
+type GRPCTLS struct {
+	// PEM file with the server's certificate chain. Empty: no TLS.
+	CertFile string `koanf:"cert_file" check:"file"`
+	// PEM file with the key of cert_file.
+	KeyFile string `koanf:"key_file" check:"file"`
+	// PEM file with the authorities that sign the gateways' and their callers' certificates. Empty:
+	// the system's, and callers need no certificate.
+	CAFile string `koanf:"ca_file" check:"file"`
+	// Refuse callers without a certificate signed by grpc.tls.ca_file (mutual TLS).
+	RequireClientCert bool `koanf:"require_client_cert"`
+	// The name that another gateway's certificate must carry. Empty: the host dialled.
+	ServerName string `koanf:"server_name"`
+}
+
+// Admin is the operators' port.
+type Admin struct {
+	// The listener of /healthz, /readyz, /metrics and /debug/pprof. It asks for no login: keep it on
+	// loopback or inside the cluster.
+	Addr string `koanf:"addr" check:"listen" required:"true"`
+}
+
+// Shard is the session registry.
+type Shard struct {
+	// Shards, each one goroutine that owns the sessions of its users. 0: one per core.
+	Count int `koanf:"count" range:"0..256"`
+}
+
+// Drain is the stop asked for by SIGTERM.
+type Drain struct {
+	// Clients are asked to reconnect at moments spread over this window.
+	Window time.Duration `koanf:"window" range:"0s..30m"`
+	// The whole stop takes no longer; what is unsettled then is given up. Must be longer than
+	// drain.window; keep it below the time your supervisor waits before it kills.
+	Deadline time.Duration `koanf:"deadline" range:"1s..1h"`
+}
+
+// Log is the log on standard error.
+type Log struct {
+	// The least severe level written.
+	Level string `koanf:"level" oneof:"trace|debug|info|warn|error"`
+	// json: one object per line; console: for people; auto: console on a terminal, json elsewhere.
+	Format string `koanf:"format" oneof:"auto|json|console"`
+}

@@ -1,0 +1,104 @@
+package engine
+
+import "time"
+
+// The defaults that are more than an empty value.
+const (
+	DefaultHTTPAddr    = ":8080"
+	DefaultMaxRequests = 4096
+
+	DefaultMaxMessageBytes   = 64 << 10
+	DefaultHeadBytes         = 8 << 10
+	DefaultHandshakeTimeout  = 10 * time.Second
+	DefaultHeartbeat         = 30 * time.Second
+	DefaultHeartbeatTimeout  = 75 * time.Second
+	DefaultEgressBudgetBytes = 1 << 20
+
+	DefaultAlgorithm = "HS256"
+	DefaultLeeway    = 30 * time.Second
+
+	DefaultKafkaBroker           = "127.0.0.1:9092"
+	DefaultUpstreamTopic         = "im-upstream-topic"
+	DefaultDownstreamTopicPrefix = "im-downstream-topic-"
+	DefaultUndeliveredTopic      = "im-undelivered-topic"
+	DefaultDeadletterTopic       = "im-deadletter-topic"
+	DefaultUserEventsTopic       = "im-user-events-topic"
+	DefaultDownstreamPartitions  = 4
+	DefaultDownstreamRetention   = 24 * time.Hour
+	DefaultSharedPartitions      = 16
+	DefaultMaxInFlightRecords    = 65536
+	DefaultMaxInFlightBytes      = 64 << 20
+	DefaultFlushMessages         = 200
+	DefaultFlushBytes            = 64 << 10
+	DefaultFlushInterval         = 5 * time.Millisecond
+	DefaultAckDeadline           = 10 * time.Second
+	DefaultStartGrace            = 5 * time.Second
+
+	DefaultRedisAddr       = "127.0.0.1:6379"
+	DefaultPresenceTTL     = 90 * time.Second
+	DefaultRefreshInterval = 30 * time.Second
+
+	DefaultEtcdEndpoint = "127.0.0.1:2379"
+	DefaultLeaseTTL     = 30 * time.Second
+
+	DefaultLogicTarget   = "etcd:///im-logic"
+	DefaultLogicDeadline = 5 * time.Second
+
+	DefaultGRPCAddr  = "127.0.0.1:9080"
+	DefaultAdminAddr = "127.0.0.1:8081"
+
+	DefaultDrainWindow   = 10 * time.Second
+	DefaultDrainDeadline = 25 * time.Second
+
+	DefaultLogLevel  = "info"
+	DefaultLogFormat = "auto"
+
+	saslNone = "none"
+)
+
+// Default returns the configuration that holds when nothing is configured. It does not pass
+// Validate as it is: a key to check tokens with has no default.
+func Default() Config {
+	return Config{
+		HTTP: HTTP{Addr: DefaultHTTPAddr, MaxRequests: DefaultMaxRequests},
+		WebSocket: WebSocket{
+			MaxMessageBytes:   DefaultMaxMessageBytes,
+			HeadBytes:         DefaultHeadBytes,
+			HandshakeTimeout:  DefaultHandshakeTimeout,
+			Heartbeat:         DefaultHeartbeat,
+			HeartbeatTimeout:  DefaultHeartbeatTimeout,
+			EgressBudgetBytes: DefaultEgressBudgetBytes,
+		},
+		Auth: Auth{Algorithm: DefaultAlgorithm, Leeway: DefaultLeeway},
+		Kafka: Kafka{
+			Brokers:               []string{DefaultKafkaBroker},
+			UpstreamTopic:         DefaultUpstreamTopic,
+			DownstreamTopicPrefix: DefaultDownstreamTopicPrefix,
+			UndeliveredTopic:      DefaultUndeliveredTopic,
+			DeadletterTopic:       DefaultDeadletterTopic,
+			UserEventsTopic:       DefaultUserEventsTopic,
+			DownstreamPartitions:  DefaultDownstreamPartitions,
+			DownstreamRetention:   DefaultDownstreamRetention,
+			SharedPartitions:      DefaultSharedPartitions,
+			MaxInFlightRecords:    DefaultMaxInFlightRecords,
+			MaxInFlightBytes:      DefaultMaxInFlightBytes,
+			FlushMessages:         DefaultFlushMessages,
+			FlushBytes:            DefaultFlushBytes,
+			FlushInterval:         DefaultFlushInterval,
+			AckDeadline:           DefaultAckDeadline,
+			StartGrace:            DefaultStartGrace,
+			SASL:                  SASL{Mechanism: saslNone},
+		},
+		Redis: Redis{
+			Addrs:           []string{DefaultRedisAddr},
+			PresenceTTL:     DefaultPresenceTTL,
+			RefreshInterval: DefaultRefreshInterval,
+		},
+		Etcd:  Etcd{Endpoints: []string{DefaultEtcdEndpoint}, LeaseTTL: DefaultLeaseTTL},
+		Logic: Logic{Target: DefaultLogicTarget, Deadline: DefaultLogicDeadline},
+		GRPC:  GRPC{Addr: DefaultGRPCAddr},
+		Admin: Admin{Addr: DefaultAdminAddr},
+		Drain: Drain{Window: DefaultDrainWindow, Deadline: DefaultDrainDeadline},
+		Log:   Log{Level: DefaultLogLevel, Format: DefaultLogFormat},
+	}
+}
