@@ -1,0 +1,287 @@
+package engine
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
+
+	"im-gateway/codec"
+	"im-gateway/codec/logicpb"
+)
+
+// maxBody is the largest body, in bytes, of any request to the HTTP API.
+const maxBody = 64 << 10
+
+// ErrTokenExpired is what an Authenticate function wraps when the token was good once.
+var ErrTokenExpired = errors.New("the token has expired")
+
+// Publisher is the upstream path as the HTTP API uses it.
+type Publisher interface {
+	// Publish hands the envelope in frame, sent by user, to Kafka and waits until its fate is known
+	// or ctx ends. A refusal is in the result's code; an error means that the fate is not known.
+	// frame is the callee's to keep.
+	Publish(ctx context.Context, user string, frame []byte) (Published, error)
+}
+
+// Published is what became of one message.
+type Published struct {
+	ClientMsgID string
+	Result      codec.UpstreamResult
+	Message     string // says more about a refusal; may be empty
+}
+
+// APIOptions configure the HTTP API.
+type APIOptions struct {
+	Auth         logicpb.AuthServiceClient
+	AuthDeadline time.Duration
+	// Authenticate returns the user whose token the request carries. Its error wraps ErrTokenExpired
+	// when that is the reason; its text is shown to the caller.
+	Authenticate    func(*http.Request) (user string, err error)
+	Publisher       Publisher
+	PublishDeadline time.Duration // longer than the upstream path's own
+	UpstreamTopic   string
+	MaxMessageBytes int // bodies are also bounded by maxBody
+	MaxRequests     int // served at once
+	Origins         []string
+	Logger          zerolog.Logger
+	Registerer      prometheus.Registerer
+}
+
+// API is the HTTP API of the public port. It is safe for concurrent use; each request runs on the
+// goroutine of its connection.
+type API struct {
+	o         APIOptions
+	routes    map[string]*route // by path
+	other     *route            // what unknown paths are counted as
+	anyOrigin bool
+	slots     chan struct{} // one element per request being served
+	refused   prometheus.Counter
+	trouble   zerolog.Logger // sampled: an outage fails thousands of requests
+}
+
+// route is one path of the API.
+type route struct {
+	path    string
+	methods []string // the first is the one that is served; GET implies HEAD
+	serve   func(*call)
+	// light routes are served whatever else is going on.
+	light   bool
+	seconds prometheus.Observer
+	counts  [6]prometheus.Counter // by the status' first digit
+}
+
+// call is one request under way.
+type call struct {
+	api   *API
+	route *route
+	w     http.ResponseWriter
+	r     *http.Request
+	id    string // of the request
+	// status and note are for the log.
+	status int
+	note   error
+}
+
+// NewAPI returns the handler of the HTTP API.
+func NewAPI(o APIOptions) (*API, error) {
+	if o.Auth == nil || o.Authenticate == nil || o.Publisher == nil {
+		return nil, errors.New("HTTP API: a part is missing")
+	}
+	if o.MaxRequests < 1 {
+		return nil, fmt.Errorf("HTTP API: %d requests at once", o.MaxRequests)
+	}
+	a := &API{
+		o:         o,
+		routes:    map[string]*route{},
+		anyOrigin: slices.Contains(o.Origins, "*"),
+		slots:     make(chan struct{}, o.MaxRequests),
+		trouble: o.Logger.Sample(&zerolog.BurstSampler{
+			Burst: 10, Period: time.Second, NextSampler: &zerolog.BasicSampler{N: 1000},
+		}),
+	}
+	requests := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "im_gateway_http_requests_total",
+		Help: "Requests to the HTTP API by route and class of status.",
+	}, []string{"route", "status"})
+	seconds := prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name:    "im_gateway_http_request_seconds",
+		Help:    "Time from a request's head to the end of its answer.",
+		Buckets: prometheus.ExponentialBuckets(0.0005, 2.5, 12),
+	}, []string{"route"})
+	a.refused = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "im_gateway_http_refused_total",
+		Help: "Requests answered 503 because http.max_requests were being served.",
+	})
+	for _, c := range []prometheus.Collector{requests, seconds, a.refused} {
+		if err := o.Registerer.Register(c); err != nil {
+			return nil, fmt.Errorf("register the HTTP API's metrics: %w", err)
+		}
+	}
+	add := func(rt *route) *route {
+		rt.seconds = seconds.WithLabelValues(rt.path)
+		for class := 1; class < len(rt.counts); class++ {
+			rt.counts[class] = requests.WithLabelValues(rt.path, strconv.Itoa(class)+"xx")
+		}
+		return rt
+	}
+	for _, rt := range a.table() {
+		a.routes[rt.path] = add(rt)
+	}
+	a.other = add(&route{path: "other", serve: notFound})
+	return a, nil
+}
+
+// table lists every route.
+func (a *API) table() []*route {
+	post := []string{http.MethodPost}
+	get := []string{http.MethodGet, http.MethodHead}
+	return append(authRoutes(a.o.Auth, post),
+		&route{path: "/api/messages", methods: post, serve: publish},
+		&route{path: "/healthz", methods: get, serve: healthz, light: true},
+		&route{path: "/openapi.json", methods: get, serve: openAPI, light: true},
+		&route{path: "/ws", methods: get, serve: upgradeRequired, light: true},
+	)
+}
+
+// ServeHTTP implements http.Handler.
+func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	started := time.Now()
+	c := &call{api: a, w: w, r: r, id: requestID(r)}
+	c.route = a.routes[r.URL.Path]
+	if c.route == nil {
+		c.route = a.other
+	}
+	h := w.Header()
+	h.Set("X-Request-Id", c.id)
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Referrer-Policy", "no-referrer")
+	h.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
+	h.Set("Cache-Control", "no-store")
+	defer c.finish(started)
+	c.cors()
+	c.dispatch()
+}
+
+func (c *call) dispatch() {
+	methods := c.route.methods
+	switch {
+	case c.route == c.api.other:
+		notFound(c)
+		return
+	case c.r.Method == http.MethodOptions:
+		c.options()
+		return
+	case !slices.Contains(methods, c.r.Method):
+		c.w.Header().Set("Allow", allow(methods))
+		c.fail(http.StatusMethodNotAllowed, "METHOD_NOT_ALLOWED", "use "+strings.Join(methods, " or "))
+		return
+	case c.route.light:
+		c.route.serve(c)
+		return
+	}
+	select {
+	case c.api.slots <- struct{}{}:
+		defer func() { <-c.api.slots }()
+		c.route.serve(c)
+	default:
+		c.api.refused.Inc()
+		c.retryAfter(0)
+		c.fail(http.StatusServiceUnavailable, string(codec.Overloaded), "too many requests are being served")
+	}
+}
+
+// finish recovers from a panic in a handler, counts and logs.
+func (c *call) finish(started time.Time) {
+	if p := recover(); p != nil && p != http.ErrAbortHandler { //nolint:errorlint // a panic's value
+		c.note = fmt.Errorf("panic: %v", p)
+		if c.status == 0 {
+			c.fail(http.StatusInternalServerError, "INTERNAL", "internal error")
+		}
+	}
+	took := time.Since(started)
+	c.route.seconds.Observe(took.Seconds())
+	if class := c.status / 100; 0 < class && class < len(c.route.counts) {
+		c.route.counts[class].Inc()
+	}
+	var event *zerolog.Event
+	if c.status >= http.StatusInternalServerError {
+		event = c.api.trouble.Warn()
+	} else {
+		event = c.api.o.Logger.Debug()
+	}
+	// The path is the route's, never the request's: that might carry a token in its query.
+	event.Str("method", c.r.Method).Str("route", c.route.path).Int("status", c.status).
+		Str("request_id", c.id).Str("remote", c.r.RemoteAddr).Dur("took_ms", took).
+		AnErr("error", c.note).Msg("http request")
+}
+
+// options answers a preflight, or says which methods there are.
+func (c *call) options() {
+	c.w.Header().Set("Allow", allow(c.route.methods))
+	c.status = http.StatusNoContent
+	c.w.WriteHeader(c.status)
+}
+
+func allow(methods []string) string { return strings.Join(methods, ", ") + ", OPTIONS" }
+
+// cors sets what browsers need to let a page of a configured origin read the answer.
+func (c *call) cors() {
+	h := c.w.Header()
+	if !c.api.anyOrigin {
+		h.Add("Vary", "Origin")
+	}
+	origin := c.r.Header.Get("Origin")
+	switch {
+	case origin == "":
+		return
+	case c.api.anyOrigin:
+		h.Set("Access-Control-Allow-Origin", "*")
+	case slices.Contains(c.api.o.Origins, strings.ToLower(origin)):
+		h.Set("Access-Control-Allow-Origin", origin)
+	default:
+		return
+	}
+	h.Set("Access-Control-Expose-Headers", "Retry-After, X-Request-Id")
+	if c.r.Method == http.MethodOptions && c.r.Header.Get("Access-Control-Request-Method") != "" {
+		h.Set("Access-Control-Allow-Methods", strings.Join(c.route.methods, ", "))
+		h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id")
+		h.Set("Access-Control-Max-Age", "600")
+	}
+}
+
+// requestID is the caller's own id when it is a sensible one, else a new one.
+func requestID(r *http.Request) string {
+	id := r.Header.Get("X-Request-Id")
+	if len(id) <= 64 && validGatewayID(id) {
+		return id
+	}
+	return strings.ToLower(rand.Text())
+}
+
+func notFound(c *call) {
+	c.fail(http.StatusNotFound, "NOT_FOUND", "there is nothing at this path; /openapi.json lists what there is")
+}
+
+func healthz(c *call) { c.succeed(map[string]string{"status": "ok"}) }
+
+// upgradeRequired answers a request to /ws that is no WebSocket handshake; those never get here.
+func upgradeRequired(c *call) {
+	c.w.Header().Set("Connection", "Upgrade")
+	c.w.Header().Set("Upgrade", "websocket")
+	c.fail(http.StatusUpgradeRequired, "UPGRADE_REQUIRED", "this is a WebSocket endpoint")
+}
+
+func openAPI(c *call) {
+	c.w.Header().Set("Access-Control-Allow-Origin", "*") // tools on other origins show the document
+	c.w.Header().Set("Cache-Control", "max-age=300")
+	c.write(http.StatusOK, openAPIDocument)
+}

@@ -1,0 +1,93 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"net/http"
+
+	"im-gateway/codec"
+)
+
+// stored is the answer to a message that Kafka has acknowledged.
+type stored struct {
+	ClientMsgID string `json:"client_msg_id,omitempty"`
+	MessageID   string `json:"message_id"`
+	Topic       string `json:"topic"`
+	Partition   int32  `json:"partition"`
+	Offset      *int64 `json:"offset,omitempty"` // nil: not known
+}
+
+// publish serves POST /api/messages.
+func publish(c *call) {
+	user, err := c.api.o.Authenticate(c.r)
+	if err != nil {
+		c.note = err
+		c.w.Header().Set("WWW-Authenticate", `Bearer realm="im-gateway", error="invalid_token"`)
+		code := codec.AuthFailed
+		if errors.Is(err, ErrTokenExpired) {
+			code = codec.TokenExpired
+		}
+		c.fail(http.StatusUnauthorized, string(code), err.Error())
+		return
+	}
+	body, ok := c.body(min(maxBody, c.api.o.MaxMessageBytes), string(codec.MessageTooLarge))
+	if !ok {
+		return
+	}
+	ctx, cancel := context.WithTimeout(c.r.Context(), c.api.o.PublishDeadline)
+	defer cancel()
+	p, err := c.api.o.Publisher.Publish(ctx, user, body)
+	if err != nil {
+		c.note = err
+		p.Result.Code = codec.OutcomeUnknown
+		if c.r.Context().Err() != nil {
+			c.fail(statusClientGone, string(codec.OutcomeUnknown), "the request was given up")
+			return
+		}
+	}
+	if p.Result.Code != codec.OK {
+		c.refuse(p)
+		return
+	}
+	answer := stored{
+		ClientMsgID: p.ClientMsgID,
+		MessageID:   p.Result.MessageID,
+		Topic:       c.api.o.UpstreamTopic,
+		Partition:   p.Result.Partition,
+	}
+	if p.Result.Offset >= 0 {
+		answer.Offset = &p.Result.Offset
+	}
+	c.succeed(answer)
+}
+
+// refuse answers a message that was not acknowledged.
+func (c *call) refuse(p Published) {
+	var status int
+	var message string
+	switch p.Result.Code {
+	case codec.InvalidMessage:
+		status, message = http.StatusBadRequest, "the body is no message envelope"
+	case codec.MessageTooLarge:
+		status, message = http.StatusRequestEntityTooLarge, "the message is too large"
+	case codec.RateLimited:
+		status, message = http.StatusTooManyRequests, "too many messages"
+	case codec.Overloaded:
+		status, message = http.StatusServiceUnavailable, "not stored: a limit is reached; send again later"
+	case codec.BrokerUnavailable:
+		status, message = http.StatusServiceUnavailable, "not stored: Kafka is not available; send again later"
+	case codec.OutcomeUnknown:
+		status, message = http.StatusGatewayTimeout, "stored or not: send again under the same id"
+	case codec.AuthFailed, codec.TokenExpired:
+		status, message = http.StatusUnauthorized, "the token is not good any more"
+	default:
+		status, message = http.StatusInternalServerError, "internal error"
+	}
+	if p.Message != "" {
+		message = p.Message
+	}
+	if status == http.StatusServiceUnavailable || status == http.StatusTooManyRequests {
+		c.retryAfter(int64(p.Result.RetryAfterMS))
+	}
+	c.fail(status, string(p.Result.Code), message)
+}

@@ -1,0 +1,184 @@
+package engine
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/status"
+
+	"im-gateway/codec/gatewaypb"
+)
+
+const (
+	// grpcStreams bounds the calls under way on one connection; a caller waits for a free one.
+	grpcStreams = 256
+	// grpcStop is how long calls under way may take to end when the server stops.
+	grpcStop = 2 * time.Second
+
+	healthService = "grpc.health.v1.Health"
+)
+
+// GRPCOptions configure the gRPC server.
+type GRPCOptions struct {
+	Addr       string      // as configured: whether it is loopback decides if authentication is needed
+	Token      string      // callers send it as `authorization: Bearer TOKEN`; empty: none needed
+	TLS        *tls.Config // nil: no TLS; it may ask for client certificates
+	GatewayID  string
+	Version    string
+	Sessions   Sessions
+	Logger     zerolog.Logger
+	Registerer prometheus.Registerer
+}
+
+// GRPCServer serves GatewayService, health and reflection. All methods may be called from any
+// goroutine.
+type GRPCServer struct {
+	server *grpc.Server
+	health *health.Server
+	token  [sha256.Size]byte
+	auth   bool
+	logger zerolog.Logger
+	calls  *prometheus.CounterVec
+}
+
+// NewGRPCServer returns a server that is not listening. It refuses to be reachable from other
+// machines without authentication.
+func NewGRPCServer(o GRPCOptions) (*GRPCServer, error) {
+	mutual := o.TLS != nil && o.TLS.ClientAuth == tls.RequireAndVerifyClientCert
+	if o.Token == "" && !mutual && !loopback(o.Addr) {
+		return nil, fmt.Errorf("gRPC server on %s: a token or client certificates are needed but on loopback", o.Addr)
+	}
+	if o.Sessions == nil {
+		return nil, errors.New("gRPC server: no sessions")
+	}
+	s := &GRPCServer{
+		health: health.NewServer(),
+		token:  sha256.Sum256([]byte(o.Token)),
+		auth:   o.Token != "",
+		logger: o.Logger,
+		calls: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "im_gateway_grpc_calls_total",
+			Help: "Calls to the gRPC server by method and status.",
+		}, []string{"method", "code"}),
+	}
+	if err := o.Registerer.Register(s.calls); err != nil {
+		return nil, fmt.Errorf("register the gRPC server's metrics: %w", err)
+	}
+	s.server = grpc.NewServer(
+		grpc.Creds(transportCredentials(o.TLS)),
+		grpc.UnaryInterceptor(s.unary),
+		grpc.StreamInterceptor(s.stream),
+		grpc.MaxConcurrentStreams(grpcStreams),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{
+			MinTime: 10 * time.Second, PermitWithoutStream: true,
+		}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
+	)
+	gatewaypb.RegisterGatewayServiceServer(s.server, newGatewayService(o))
+	grpc_health_v1.RegisterHealthServer(s.server, s.health)
+	reflection.Register(s.server)
+	s.SetServing(false)
+	return s, nil
+}
+
+// SetServing sets what the health service answers.
+func (s *GRPCServer) SetServing(serving bool) {
+	state := grpc_health_v1.HealthCheckResponse_NOT_SERVING
+	if serving {
+		state = grpc_health_v1.HealthCheckResponse_SERVING
+	}
+	s.health.SetServingStatus("", state)
+	s.health.SetServingStatus(gatewaypb.GatewayService_ServiceDesc.ServiceName, state)
+}
+
+// Run serves on ln, which it closes, until ctx ends. Calls under way may end within grpcStop.
+func (s *GRPCServer) Run(ctx context.Context, ln net.Listener) error {
+	served := make(chan error, 1)
+	go func() { served <- s.server.Serve(ln) }()
+	select {
+	case err := <-served:
+		return fmt.Errorf("serve gRPC on %s: %w", ln.Addr(), err)
+	case <-ctx.Done():
+	}
+	s.health.Shutdown()
+	ended := make(chan struct{})
+	go func() {
+		s.server.GracefulStop()
+		close(ended)
+	}()
+	late := time.NewTimer(grpcStop)
+	defer late.Stop()
+	select {
+	case <-ended:
+	case <-late.C:
+		s.server.Stop()
+		<-ended
+	}
+	if err := <-served; err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		return fmt.Errorf("serve gRPC on %s: %w", ln.Addr(), err)
+	}
+	return nil
+}
+
+// unary authenticates, recovers and counts.
+func (s *GRPCServer) unary(ctx context.Context, request any, info *grpc.UnaryServerInfo,
+	handler grpc.UnaryHandler) (answer any, err error) {
+	defer func() { err = s.ended(info.FullMethod, recover(), err) }()
+	if err := s.authenticate(ctx, info.FullMethod); err != nil {
+		return nil, err
+	}
+	return handler(ctx, request)
+}
+
+// stream is as unary.
+func (s *GRPCServer) stream(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo,
+	handler grpc.StreamHandler) (err error) {
+	defer func() { err = s.ended(info.FullMethod, recover(), err) }()
+	if err := s.authenticate(stream.Context(), info.FullMethod); err != nil {
+		return err
+	}
+	return handler(server, stream)
+}
+
+func (s *GRPCServer) ended(method string, panicked any, err error) error {
+	if panicked != nil {
+		s.logger.Error().Str("method", method).Any("panic", panicked).Msg("panic in a gRPC call")
+		err = status.Error(codes.Internal, "internal error")
+	}
+	s.calls.WithLabelValues(method, status.Code(err).String()).Inc()
+	return err
+}
+
+// authenticate checks the shared token. The health service needs none: probes cannot send it.
+func (s *GRPCServer) authenticate(ctx context.Context, method string) error {
+	if !s.auth || strings.HasPrefix(method, "/"+healthService+"/") {
+		return nil
+	}
+	given := ""
+	if v := metadata.ValueFromIncomingContext(ctx, "authorization"); len(v) > 0 {
+		if scheme, token, found := strings.Cut(v[0], " "); found && strings.EqualFold(scheme, "Bearer") {
+			given = token
+		}
+	}
+	sum := sha256.Sum256([]byte(given))
+	if subtle.ConstantTimeCompare(sum[:], s.token[:]) != 1 {
+		return status.Error(codes.Unauthenticated, "metadata authorization must be: Bearer and the shared token")
+	}
+	return nil
+}
