@@ -129,8 +129,8 @@ type Kafka struct {
 	FlushMessages int `koanf:"flush_messages" range:"1..100000"`
 	// A batch for Kafka is sent after so many bytes at the latest.
 	FlushBytes int `koanf:"flush_bytes" unit:"bytes" range:"1KiB..1MiB"`
-	// A batch for Kafka is sent after so long at the latest. A higher value saves CPU and adds to every
-	// ack's latency.
+	// A batch for Kafka is sent after so long at the latest. Cost: added to every ack's latency; a lower
+	// value costs CPU.
 	FlushInterval time.Duration `koanf:"flush_interval" range:"0s..1s"`
 	// A message that Kafka has not acknowledged for so long is answered OUTCOME_UNKNOWN.
 	AckDeadline time.Duration `koanf:"ack_deadline" range:"100ms..2m"`
@@ -145,7 +145,7 @@ type Kafka struct {
 type SASL struct {
 	// How to log in at Kafka. none: not at all.
 	Mechanism string `koanf:"mechanism" oneof:"none|PLAIN|SCRAM-SHA-256|SCRAM-SHA-512"`
-	// The user's name.
+	// The user to log in as.
 	Username string `koanf:"username"`
 	// The user's password. PLAIN sends it as it is: use TLS.
 	Password string `koanf:"password" secret:"true"`
@@ -169,7 +169,7 @@ type TLS struct {
 type Redis struct {
 	// Redis servers: one for a single server, all Sentinels, or some nodes of a Cluster.
 	Addrs []string `koanf:"addrs" check:"hostport" required:"true"`
-	// The user's name. Empty: the default user.
+	// The user to log in as. Empty: the default user.
 	Username string `koanf:"username"`
 	// The user's password.
 	Password string `koanf:"password" secret:"true"`
@@ -187,9 +187,9 @@ type Redis struct {
 
 // Etcd is the connection to etcd and the life of this gateway's registration.
 type Etcd struct {
-	// etcd's endpoints.
+	// The endpoints of etcd, host:port or with http:// or https://.
 	Endpoints []string `koanf:"endpoints" check:"endpoint" required:"true"`
-	// The user's name. Empty: no login.
+	// The user to log in as. Empty: no login.
 	Username string `koanf:"username"`
 	// The user's password.
 	Password string `koanf:"password" secret:"true"`

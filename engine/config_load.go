@@ -41,22 +41,13 @@ type Loaded struct {
 // Load reads, merges and validates a configuration. On a *ConfigError, which lists every problem
 // at once, the rest of the result must not be used.
 func Load(from Sources) (*Loaded, error) {
-	l := &loader{
-		options: options(),
-		k:       koanf.New("."),
-		source:  map[string]string{},
-		secrets: map[string]secretFile{},
+	l := &loader{options: options(), source: map[string]string{}, secrets: map[string]secretFile{}}
+	if err := l.load(from.File, from.Environ, from.Flags); err != nil {
+		return nil, err
 	}
-	if err := l.k.Load(structs.Provider(Default(), "koanf"), nil); err != nil {
-		return nil, fmt.Errorf("load the default configuration: %w", err)
+	if l.unread { // what it says is missing from everything below
+		return nil, &ConfigError{Problems: l.problems}
 	}
-	for _, o := range l.options {
-		l.source[o.key] = sourceDefault
-	}
-	l.file(from.File)
-	l.environ(from.Environ)
-	l.flags(from.Flags)
-	l.readSecrets()
 
 	loaded := &Loaded{source: l.source}
 	if err := l.k.Unmarshal("", &loaded.Config); err != nil {
@@ -76,10 +67,27 @@ type loader struct {
 	source   map[string]string // by key: where the value in k comes from
 	secrets  map[string]secretFile
 	problems []Problem
+	unread   bool // the file could not be read
 }
 
 // secretFile is a file that a secret is to be read from.
 type secretFile struct{ path, source string }
+
+// load merges the layers, weakest first; what is wrong with them is gathered in l.problems.
+func (l *loader) load(file string, environ []string, flags map[string]string) error {
+	l.k = koanf.New(".")
+	if err := l.k.Load(structs.Provider(Default(), "koanf"), nil); err != nil {
+		return fmt.Errorf("load the default configuration: %w", err)
+	}
+	for _, o := range l.options {
+		l.source[o.key] = sourceDefault
+	}
+	l.file(file)
+	l.environ(environ)
+	l.flags(flags)
+	l.readSecrets()
+	return nil
+}
 
 func (l *loader) problem(key, value, source, message string) {
 	l.problems = append(l.problems, Problem{Key: key, Value: value, Source: source, Message: message})
@@ -141,10 +149,11 @@ func (l *loader) file(path string) {
 	k := koanf.New(".")
 	if err := k.Load(file.Provider(path), yaml.Parser()); err != nil {
 		l.problem("-config", strconv.Quote(path), "", fileProblem(err))
+		l.unread = true
 		return
 	}
 	keys := k.Keys()
-	slices.SortFunc(keys, func(a, b string) int { return cmp.Compare(l.rank(a), l.rank(b)) })
+	slices.SortStableFunc(keys, func(a, b string) int { return cmp.Compare(l.rank(a), l.rank(b)) })
 	for _, key := range keys {
 		// All rather than Get: a key may be written with dots, on one line.
 		raw := k.All()[key]

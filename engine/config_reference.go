@@ -150,7 +150,7 @@ func (o *option) yaml(v any) string {
 // Key is what a command line needs to know of one key of the configuration.
 type Key struct {
 	Name    string
-	Default string
+	Default string // with its meaning when the description gives one, as in "0: one per core"
 	Summary string // the first sentence of its description
 	Bool    bool
 	Secret  bool // not to be given on a command line
@@ -165,11 +165,11 @@ func Keys() ([]Key, error) {
 	defaults := Default()
 	var list []Key
 	for _, o := range options() {
-		summary, _, _ := strings.Cut(all[o.typeName+"."+o.field], ". ")
+		comment := all[o.typeName+"."+o.field]
 		list = append(list, Key{
 			Name:    o.key,
-			Default: o.text(o.value(&defaults).Interface()),
-			Summary: strings.TrimSuffix(summary, "."),
+			Default: defaultMeaning(o.text(o.value(&defaults).Interface()), comment),
+			Summary: firstSentence(comment),
 			Bool:    o.kind.Kind() == reflect.Bool,
 			Secret:  o.secret,
 		})
@@ -178,4 +178,24 @@ func Keys() ([]Key, error) {
 		}
 	}
 	return list, nil
+}
+
+func firstSentence(comment string) string {
+	first, _, _ := strings.Cut(comment, ". ")
+	return strings.TrimSuffix(first, ".")
+}
+
+// defaultMeaning is the default, with what the comment says about 0 or an empty value.
+func defaultMeaning(text, comment string) string {
+	if text != "" && text != "0" {
+		return text
+	}
+	mark := "0: "
+	if text == "" {
+		mark = "Empty: "
+	}
+	if _, meaning, found := strings.Cut(comment, ". "+mark); found {
+		return strings.ToLower(mark) + firstSentence(meaning)
+	}
+	return text
 }

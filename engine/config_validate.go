@@ -225,13 +225,16 @@ func (c *Config) crossProblems() []Problem {
 	if ws := &c.WebSocket; ws.HeartbeatTimeout <= ws.Heartbeat {
 		add("websocket.heartbeat_timeout", "must be longer than websocket.heartbeat, %s", durationText(ws.Heartbeat))
 	}
-	if strings.HasPrefix(c.Auth.Algorithm, "HS") {
+	switch c.Auth.Algorithm {
+	case "HS256", "HS384", "HS512":
 		if c.Auth.HS256Secret == "" {
 			add("auth.hs256_secret", "must not be empty with auth.algorithm %s; set it, or "+
 				"auth.hs256_secret_file to read it from a file", c.Auth.Algorithm)
 		}
-	} else if c.Auth.PublicKeyFile == "" {
-		add("auth.public_key_file", "must not be empty with auth.algorithm %s", c.Auth.Algorithm)
+	case "RS256", "ES256", "EdDSA":
+		if c.Auth.PublicKeyFile == "" {
+			add("auth.public_key_file", "must not be empty with auth.algorithm %s", c.Auth.Algorithm)
+		}
 	}
 	list = append(list, c.topicProblems()...)
 	if r := &c.Redis; r.Cluster && r.SentinelMaster != "" {

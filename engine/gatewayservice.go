@@ -49,7 +49,6 @@ type Sessions interface {
 // SessionInfo describes one session.
 type SessionInfo struct {
 	Name         string
-	RemoteAddr   string
 	ConnectedAt  int64 // Unix ms
 	MessagesIn   int64
 	MessagesOut  int64
@@ -188,7 +187,6 @@ func (s *gatewayService) GetSession(ctx context.Context, r *gatewaypb.GetSession
 	for _, i := range list {
 		answer.Sessions = append(answer.Sessions, &gatewaypb.Session{
 			SessionId:    i.Name,
-			RemoteAddr:   i.RemoteAddr,
 			ConnectedAt:  i.ConnectedAt,
 			MessagesIn:   i.MessagesIn,
 			MessagesOut:  i.MessagesOut,

@@ -59,11 +59,15 @@ func parse(args []string) (command, error) {
 	set.Usage = func() {}
 	set.StringVar(&cmd.file, "config", "", "")
 	version := set.Bool("version", false, "")
-	if err := addKeys(set, cmd.flags); err != nil {
+	secret := ""
+	if err := addKeys(set, cmd.flags, &secret); err != nil {
 		return cmd, err
 	}
 	err := set.Parse(args)
 	switch {
+	case secret != "": // flag's own error would repeat the value
+		return cmd, fmt.Errorf("-%s: every user of this machine can read flags; use %s_file or the environment",
+			secret, secret)
 	case errors.Is(err, flag.ErrHelp):
 		cmd.verb = verbHelp
 		return cmd, nil
@@ -78,8 +82,12 @@ func parse(args []string) (command, error) {
 	return cmd, nil
 }
 
-// addKeys makes every key of the configuration a flag; values are checked when it is loaded.
-func addKeys(set *flag.FlagSet, given map[string]string) error {
+// errSecret ends the parsing at a flag that would carry a secret.
+var errSecret = errors.New("a secret")
+
+// addKeys makes every key of the configuration a flag; values are checked when it is loaded. The
+// key of a secret that was given is put into secret.
+func addKeys(set *flag.FlagSet, given map[string]string, secret *string) error {
 	keys, err := engine.Keys()
 	if err != nil {
 		return err
@@ -92,7 +100,8 @@ func addKeys(set *flag.FlagSet, given map[string]string) error {
 		switch {
 		case k.Secret:
 			set.Func(k.Name, "", func(string) error {
-				return fmt.Errorf("every user of this machine can read flags; use %s_file or the environment", k.Name)
+				*secret = k.Name
+				return errSecret
 			})
 		case k.Bool:
 			set.BoolFunc(k.Name, "", take)
@@ -122,7 +131,10 @@ Secrets are not taken from flags: use the environment, the file, or the key that
 The first SIGTERM or SIGINT drains and stops, the second stops at once.
 Exit codes: 0 stopped as asked, 1 failed, 2 wrong usage or configuration.
 
-Try it: IM_AUTH_HS256_SECRET=$(openssl rand -base64 32) im-gateway -log.format=console
+Try it on this machine, with Kafka, Redis and etcd on their usual ports:
+  IM_AUTH_HS256_SECRET=$(openssl rand -base64 32) im-gateway
+
+Keys, with their defaults in brackets (docs/configuration.md says more about each):
 `
 
 // usage writes the help text: the commands, then every key with its first sentence and default.
@@ -143,12 +155,39 @@ func usage(w io.Writer) error {
 			b.WriteString("\n")
 			last = section
 		}
-		fmt.Fprintf(&b, "  %-31s %s", k.Name, k.Summary)
+		text := k.Summary
 		if k.Default != "" {
-			fmt.Fprintf(&b, " [%s]", k.Default)
+			text += " [" + k.Default + "]"
 		}
-		b.WriteString("\n")
+		fmt.Fprintf(&b, "  %-*s %s\n", keyWidth, k.Name, wrap(text, textWidth, strings.Repeat(" ", keyWidth+3)))
 	}
 	_, err = io.WriteString(w, b.String())
 	return err
+}
+
+// The columns of the list of keys.
+const (
+	keyWidth  = 30
+	textWidth = 67
+)
+
+// wrap breaks text into lines of at most width, but for longer words; indent begins the second and
+// later ones.
+func wrap(text string, width int, indent string) string {
+	var b strings.Builder
+	column := 0
+	for word := range strings.FieldsSeq(text) {
+		switch {
+		case column == 0:
+		case column+1+len(word) > width:
+			b.WriteString("\n" + indent)
+			column = 0
+		default:
+			b.WriteByte(' ')
+			column++
+		}
+		b.WriteString(word)
+		column += len(word)
+	}
+	return b.String()
 }
