@@ -1,0 +1,145 @@
+package engine
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
+)
+
+func TestReadiness(t *testing.T) {
+	r := NewReadiness("kafka", "redis")
+	r.Waiting("kafka", "connection refused")
+	r.Met("redis")
+	r.Met("redis")
+	if m := r.Missing(); len(m) != 1 || m[0] != (Condition{"kafka", "connection refused"}) {
+		t.Errorf("missing %v", m)
+	}
+	select {
+	case <-r.Done():
+		t.Error("done before every condition was met")
+	default:
+	}
+	r.Met("kafka")
+	<-r.Done()
+	r.Waiting("kafka", "away again") // an outage does not clear readiness
+	r.Met("unknown")
+	if m := r.Missing(); len(m) != 0 {
+		t.Errorf("missing %v, want none", m)
+	}
+	r.Drain("SIGTERM")
+	if m := r.Missing(); len(m) != 1 || m[0].Name != "draining" {
+		t.Errorf("missing %v, want draining", m)
+	}
+}
+
+func TestAdmin(t *testing.T) {
+	ready := NewReadiness("kafka")
+	ready.Waiting("kafka", "connection refused")
+	h, err := NewAdmin(AdminOptions{
+		GatewayID: "g-1", Version: "v9", Readiness: ready, Registry: prometheus.NewRegistry(), Logger: zerolog.Nop(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- ServeAdmin(ctx, ln, h) }()
+	client := &http.Client{}
+	get := func(path string) (int, string) {
+		r, err := client.Get("http://" + ln.Addr().String() + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Body.Close()
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.StatusCode, strings.TrimSpace(string(body))
+	}
+	for _, tc := range []struct {
+		path   string
+		status int
+		want   string
+	}{
+		{"/healthz", 200, `{"status":"ok"}`},
+		{"/readyz", 503, `{"missing":[{"name":"kafka","reason":"connection refused"}],"ready":false}`},
+		{"/metrics", 200, `im_gateway_info{gateway_id="g-1",version="v9"} 1`},
+		{"/metrics", 200, "im_gateway_ready 0"},
+		{"/debug/pprof/", 200, "goroutine"},
+		{"/debug/pprof/goroutine?debug=1", 200, "goroutine profile"},
+		{"/nothing", 404, ""},
+	} {
+		if status, body := get(tc.path); status != tc.status || !strings.Contains(body, tc.want) {
+			t.Errorf("%s: %d %s, want %d %s", tc.path, status, body, tc.status, tc.want)
+		}
+	}
+	ready.Met("kafka")
+	if status, body := get("/readyz"); status != 200 || body != `{"ready":true}` {
+		t.Errorf("/readyz when ready: %d %s", status, body)
+	}
+	ready.Drain("signal")
+	if status, _ := get("/readyz"); status != 503 {
+		t.Errorf("/readyz while draining: %d", status)
+	}
+	client.CloseIdleConnections()
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestLogger(t *testing.T) {
+	var out bytes.Buffer
+	for _, tc := range []struct {
+		cfg  Log
+		json bool
+	}{{Log{"info", "auto"}, true}, {Log{"info", "json"}, true}, {Log{"info", "console"}, false}} {
+		out.Reset()
+		l, err := NewLogger(&out, tc.cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Debug().Msg("not written")
+		l.Info().Str("k", "v").Msg("hello")
+		line := out.String()
+		if strings.Count(line, "\n") != 1 || !strings.Contains(line, "hello") || json.Valid([]byte(line)) != tc.json {
+			t.Errorf("%+v: %q", tc.cfg, line)
+		}
+	}
+	if _, err := NewLogger(&out, Log{"loud", "json"}); err == nil {
+		t.Error("the level loud was taken")
+	}
+}
+
+func TestAdvertiseAddr(t *testing.T) {
+	loop := &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 90}
+	if a, err := AdvertiseAddr("x:1", loop); a != "x:1" || err != nil {
+		t.Errorf("configured: %s %v", a, err)
+	}
+	if a, err := AdvertiseAddr("", loop); a != "127.0.0.1:90" || err != nil {
+		t.Errorf("bound: %s %v", a, err)
+	}
+	ip := chooseIP([]net.Addr{
+		&net.IPNet{IP: net.IPv4(127, 0, 0, 1)}, &net.IPNet{IP: net.ParseIP("fe80::1")},
+		&net.IPNet{IP: net.ParseIP("2001:db8::1")}, &net.IPNet{IP: net.IPv4(10, 0, 0, 7)},
+	})
+	if !ip.Equal(net.IPv4(10, 0, 0, 7)) {
+		t.Errorf("chose %s", ip)
+	}
+	if ip := chooseIP([]net.Addr{&net.IPNet{IP: net.ParseIP("::1")}}); ip != nil {
+		t.Errorf("chose %s of loopback", ip)
+	}
+}
