@@ -18,10 +18,10 @@ import (
 
 // Limits on the requests of GatewayService.
 const (
-	maxPushTargets = 10_000
-	maxUserID      = 128 // bytes
+	maxPushTargets = codec.MaxTargets
+	maxUserID      = codec.MaxNameLen
+	maxTypeLen     = codec.MaxNameLen
 	maxKickReason  = 100 // bytes
-	maxTypeLen     = 128 // bytes
 
 	// expirySkew is the difference between the clocks that is tolerated in expire_at.
 	expirySkew = 5 * time.Second
