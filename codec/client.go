@@ -1,0 +1,192 @@
+package codec
+
+import "unicode/utf8"
+
+// The types of client frames that the gateway itself answers; every other type goes upstream.
+const (
+	TypePing         = "ping"
+	TypeDeliveryAck  = "delivery-ack"
+	TypeRefreshToken = "refresh-token"
+)
+
+// Limits on what names things in an envelope, in bytes.
+const (
+	MaxNameLen   = 128 // a user id, a client's name for a message
+	MaxTypeLen   = 64
+	maxTraceText = 55 // of a W3C traceparent
+)
+
+// ParseError says why a client frame or a downstream record is refused.
+type ParseError struct {
+	Code    Code
+	Message string // for the sender's eyes
+}
+
+func (e *ParseError) Error() string { return string(e.Code) + ": " + e.Message }
+
+// The refusals of ParseClient, made once: refusing must not be dearer than accepting.
+var (
+	errNotObject   = &ParseError{InvalidMessage, "the frame is not one valid JSON object"}
+	errNoType      = &ParseError{InvalidMessage, "type must be a string of 1 to 64 bytes without control characters"}
+	errBadName     = &ParseError{InvalidMessage, "message_id must be a string of 1 to 128 bytes without control characters"}
+	errNoData      = &ParseError{InvalidMessage, "data is missing"}
+	errBadTime     = &ParseError{InvalidMessage, "timestamp must be a number of milliseconds"}
+	errNoToken     = &ParseError{InvalidMessage, "data.token must be a string"}
+	errBadDelivery = &ParseError{InvalidMessage, "data.delivery_id must be a number"}
+)
+
+// ClientMessage is one parsed client frame. Its slices point into the frame, or into a copy where
+// the text was written with escapes, and are good as long as the frame is.
+type ClientMessage struct {
+	Type        []byte
+	ClientMsgID []byte // the client's name for the message; empty: none, no ack is wanted
+	Temp        bool   // the name came as data.tempMessageId
+	Data        []byte // valid JSON; nil when the frame has none
+	Timestamp   int64  // the client's clock, Unix ms; 0: none
+	TraceID     []byte // 32 lower-case hex digits, from trace_id or traceparent; empty: none
+	Token       []byte // of refresh-token
+	DeliveryID  int64  // of delivery-ack
+}
+
+// ParseClient reads a client frame, which must be valid UTF-8. An error is a *ParseError; even then
+// m.ClientMsgID is set when the name could be read. Where a field occurs twice the last one counts.
+func ParseClient(frame []byte, m *ClientMessage) error {
+	*m = ClientMessage{}
+	var badName, badTime bool
+	o := topObject(frame)
+	for o.next() {
+		switch {
+		case o.is("type"):
+			m.Type, _ = stringValue(o.value)
+		case o.is("message_id"):
+			name, ok := stringValue(o.value)
+			if ok && ValidName(name) {
+				m.ClientMsgID, badName = name, false
+			} else {
+				badName = string(o.value) != "null" // null is as none
+			}
+		case o.is("data"):
+			m.Data = o.value
+		case o.is("timestamp"):
+			var ok bool
+			m.Timestamp, ok = intValue(o.value)
+			badTime = !ok && string(o.value) != "null"
+		case o.is("trace_id"), o.is("traceparent"):
+			m.readTrace(o.value)
+		}
+	}
+	if !o.endsHere() {
+		return errNotObject
+	}
+	if len(m.Type) == 0 || len(m.Type) > MaxTypeLen || hasControl(m.Type) {
+		return errNoType
+	}
+	switch {
+	case badName:
+		return errBadName
+	case badTime:
+		return errBadTime
+	}
+	return m.readData()
+}
+
+// readTrace takes a trace id of 32 hex digits, or out of a traceparent (W3C Trace Context, 3.2).
+func (m *ClientMessage) readTrace(value []byte) {
+	s, ok := stringValue(value)
+	if !ok {
+		return
+	}
+	if len(s) == maxTraceText && s[2] == '-' && s[35] == '-' {
+		s = s[3:35]
+	}
+	if len(s) == 32 && isLowerHex(s) && string(s) != "00000000000000000000000000000000" {
+		m.TraceID = s
+	}
+}
+
+func isLowerHex(b []byte) bool {
+	for _, c := range b {
+		if (c < '0' || c > '9') && (c < 'a' || c > 'f') {
+			return false
+		}
+	}
+	return true
+}
+
+// readData looks into data only where the frame needs it.
+func (m *ClientMessage) readData() error {
+	switch string(m.Type) {
+	case TypePing:
+		return nil
+	case TypeRefreshToken:
+		token, ok := m.field("token")
+		if m.Token, ok = asString(token, ok); !ok || len(m.Token) == 0 {
+			return errNoToken
+		}
+		return nil
+	case TypeDeliveryAck:
+		id, ok := m.field("delivery_id")
+		if ok {
+			m.DeliveryID, ok = intValue(id)
+		}
+		if !ok {
+			return errBadDelivery
+		}
+		return nil
+	}
+	if m.Data == nil {
+		return errNoData
+	}
+	if len(m.ClientMsgID) > 0 {
+		return nil
+	}
+	if value, ok := m.field("client_msg_id"); ok {
+		return m.setName(value, false)
+	}
+	if value, ok := m.field("tempMessageId"); ok {
+		return m.setName(value, true)
+	}
+	return nil
+}
+
+func (m *ClientMessage) setName(value []byte, temp bool) error {
+	name, ok := stringValue(value)
+	if !ok || !ValidName(name) {
+		return errBadName
+	}
+	m.ClientMsgID, m.Temp = name, temp
+	return nil
+}
+
+func asString(value []byte, ok bool) ([]byte, bool) {
+	if !ok {
+		return nil, false
+	}
+	return stringValue(value)
+}
+
+// field returns a field of data that is not null.
+func (m *ClientMessage) field(name string) (value []byte, ok bool) {
+	o := newObject(m.Data, 0, 0)
+	for o.next() {
+		if o.is(name) {
+			value, ok = o.value, string(o.value) != "null"
+		}
+	}
+	return value, ok
+}
+
+func hasControl[T string | []byte](s T) bool {
+	for i := range len(s) {
+		if s[i] < 0x20 || s[i] == 0x7f {
+			return true
+		}
+	}
+	return false
+}
+
+// ValidName tells whether s may name a user or a message: 1 to 128 bytes of UTF-8 without control
+// characters.
+func ValidName[T string | []byte](s T) bool {
+	return len(s) >= 1 && len(s) <= MaxNameLen && !hasControl(s) && utf8.ValidString(string(s))
+}
