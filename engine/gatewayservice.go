@@ -19,8 +19,7 @@ import (
 // Limits on the requests of GatewayService.
 const (
 	maxPushTargets = codec.MaxTargets
-	maxUserID      = codec.MaxNameLen
-	maxTypeLen     = codec.MaxNameLen
+	maxName        = codec.MaxNameLen
 	maxKickReason  = 100 // bytes
 
 	// expirySkew is the difference between the clocks that is tolerated in expire_at.
@@ -128,18 +127,18 @@ func checkPush(r *gatewaypb.PushRequest) error {
 		return invalid("target_user_ids: %d users, 1 to %d are allowed", n, maxPushTargets)
 	}
 	for i, user := range r.GetTargetUserIds() {
-		if !validName(user, maxUserID) {
-			return invalid("target_user_ids[%d]: not a user id (1 to %d bytes, no control characters)", i, maxUserID)
+		if !codec.ValidName(user) {
+			return invalid("target_user_ids[%d]: not a user id (1 to %d bytes, no control characters)", i, maxName)
 		}
 	}
 	switch t := r.GetType(); {
 	case t == kickType:
 		return invalid("type kick: use Kick")
-	case t != "" && !validName(t, maxTypeLen):
-		return invalid("type: 1 to %d bytes, no control characters", maxTypeLen)
+	case t != "" && !codec.ValidName(t):
+		return invalid("type: 1 to %d bytes, no control characters", maxName)
 	}
-	if id := r.GetMessageId(); id != "" && !validName(id, maxUserID) {
-		return invalid("message_id: 1 to %d bytes, no control characters", maxUserID)
+	if id := r.GetMessageId(); id != "" && !codec.ValidName(id) {
+		return invalid("message_id: 1 to %d bytes, no control characters", maxName)
 	}
 	if !json.Valid(r.GetData()) || !utf8.Valid(r.GetData()) {
 		return invalid("data: not valid JSON in UTF-8")
@@ -161,8 +160,8 @@ func pushOutcome(e codec.End) gatewaypb.PushResult_Outcome {
 
 // Kick implements GatewayService.
 func (s *gatewayService) Kick(ctx context.Context, r *gatewaypb.KickRequest) (*gatewaypb.KickResponse, error) {
-	if !validName(r.GetUserId(), maxUserID) {
-		return nil, invalid("user_id: 1 to %d bytes, no control characters", maxUserID)
+	if !codec.ValidName(r.GetUserId()) {
+		return nil, invalid("user_id: 1 to %d bytes, no control characters", maxName)
 	}
 	if len(r.GetReason()) > maxKickReason {
 		return nil, invalid("reason: %d bytes, at most %d are allowed", len(r.GetReason()), maxKickReason)
@@ -176,8 +175,8 @@ func (s *gatewayService) Kick(ctx context.Context, r *gatewaypb.KickRequest) (*g
 
 // GetSession implements GatewayService.
 func (s *gatewayService) GetSession(ctx context.Context, r *gatewaypb.GetSessionRequest) (*gatewaypb.GetSessionResponse, error) {
-	if !validName(r.GetUserId(), maxUserID) {
-		return nil, invalid("user_id: 1 to %d bytes, no control characters", maxUserID)
+	if !codec.ValidName(r.GetUserId()) {
+		return nil, invalid("user_id: 1 to %d bytes, no control characters", maxName)
 	}
 	list, err := s.sessions.Sessions(ctx, r.GetUserId())
 	if err != nil {
@@ -212,19 +211,6 @@ func (s *gatewayService) Stats(context.Context, *gatewaypb.StatsRequest) (*gatew
 		Refused:          n.Refused,
 		Draining:         n.Draining,
 	}, nil
-}
-
-// validName reports whether s has 1 to limit bytes and no control characters.
-func validName(s string, limit int) bool {
-	if s == "" || len(s) > limit {
-		return false
-	}
-	for i := range len(s) {
-		if s[i] < 0x20 || s[i] == 0x7f {
-			return false
-		}
-	}
-	return true
 }
 
 func invalid(format string, args ...any) error {
