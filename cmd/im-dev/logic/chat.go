@@ -114,7 +114,7 @@ func (t *turn) send(d sendData) {
 	if d.Echo {
 		targets = c.members
 	}
-	t.to(targets, typeMessage, m.id, encode(t.message(c, m, "")))
+	t.to(targets, typeMessage, m.id, encode(t.message(c, m)))
 }
 
 // conversation finds the one that a message is for, and begins a direct one. It refuses and returns
@@ -258,7 +258,7 @@ func (t *turn) sync(d syncData) {
 		if ch.m == nil {
 			view = encode(t.view(ch.c, ""))
 		} else {
-			view = encode(t.message(ch.c, ch.m, me))
+			view = encode(t.message(ch.c, ch.m))
 		}
 		if i == limit || i > 0 && size+len(view) > syncBytes {
 			answer.More, answer.After = true, changes[i-1].rev
@@ -274,17 +274,12 @@ func (t *turn) sync(d syncData) {
 	t.answer(typeSync, encode(answer))
 }
 
-// message is a message as one user sees it; everyone: user is empty.
-func (t *turn) message(c *conversation, m *message, user string) messageView {
+func (t *turn) message(c *conversation, m *message) messageView {
 	name, _ := t.users.name(m.from)
-	v := messageView{
-		ConversationID: c.id, MessageID: m.id, Seq: m.seq, From: m.from, FromName: name,
-		Content: m.content, SentAt: m.sentAt, DeliveredTo: m.delivered,
+	return messageView{
+		ConversationID: c.id, MessageID: m.id, ClientMsgID: m.clientID, Seq: m.seq,
+		From: m.from, FromName: name, Content: m.content, SentAt: m.sentAt, DeliveredTo: m.delivered,
 	}
-	if user == m.from {
-		v.ClientMsgID = m.clientID
-	}
-	return v
 }
 
 func (t *turn) view(c *conversation, clientMsgID string) conversationView {

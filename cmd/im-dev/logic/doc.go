@@ -22,7 +22,8 @@
 //
 // # What they receive
 //
-//	new-message        {conversation_id, message_id, seq, from, from_name, content, sent_at}
+//	new-message        {conversation_id, message_id, client_msg_id, seq, from, from_name, content,
+//	                   sent_at, delivered_to[]?}
 //	message-delivered  {conversation_id, message_id, client_msg_id, user_id, delivered_to[]}: to the
 //	                   sender of the message
 //	conversation       {conversation_id, kind: "dm" | "group", name, members[{user_id, name, known}]}

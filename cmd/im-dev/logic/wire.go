@@ -75,7 +75,7 @@ type syncData struct {
 type messageView struct {
 	ConversationID string          `json:"conversation_id"`
 	MessageID      string          `json:"message_id"`
-	ClientMsgID    string          `json:"client_msg_id,omitempty"` // only to the sender
+	ClientMsgID    string          `json:"client_msg_id,omitempty"` // as its sender named it
 	Seq            int64           `json:"seq"`
 	From           string          `json:"from"`
 	FromName       string          `json:"from_name"`

@@ -1,0 +1,299 @@
+// The conversations of one user, as im-logic tells of them. It asks for what was missed after each
+// `connected`, confirms what arrives, and drops what it has seen.
+//
+// Events: "change" with detail = the id of the conversation that changed, or undefined for all;
+// "refused" with detail = a text to show.
+
+const SYNC_MS = 10_000; // no answer for so long: ask again
+const SEEN = 2_000; // message_ids of records remembered
+const KEPT = 1_000; // messages of a conversation
+
+// Message states: pending (in the outbox), acked (Kafka has it), delivered (to all others), failed.
+export class Chat extends EventTarget {
+  conversations = new Map(); // id -> {id, kind, name, members, messages, unread, touched}
+
+  #connection;
+  #outbox;
+  #me;
+  #after = 0; // sync cursor; only sync answers move it, as live records may overtake each other
+  #syncId = "";
+  #syncTimer = 0;
+  #seen = new Set();
+  #receipts = new Map(); // conversation id -> Set of message ids, not yet in the outbox
+  #receiptTimer = 0;
+  #order = 0;
+  #closed = new AbortController();
+
+  constructor(connection, outbox, me) {
+    super();
+    this.#connection = connection;
+    this.#outbox = outbox;
+    this.#me = me;
+    const { signal } = this.#closed;
+    const on = (target, event, f) => target.addEventListener(event, (e) => f(e.detail), { signal });
+    on(connection, "state", () => this.#connected());
+    on(connection, "frame", (frame) => this.#frame(frame));
+    on(outbox, "acked", ({ frame, ack }) => this.#settled(frame, ack, "acked"));
+    on(outbox, "failed", ({ frame, ack }) => this.#settled(frame, ack, "failed"));
+    for (const frame of outbox.open(me)) if (frame.type === "send-message") this.#mine(frame);
+  }
+
+  close() {
+    this.#closed.abort();
+    clearTimeout(this.#syncTimer);
+    clearTimeout(this.#receiptTimer);
+  }
+
+  // send shows and queues a message; false: the outbox is full.
+  send(conversationId, content) {
+    const frame = this.#outbox.add("send-message", { conversation_id: conversationId, content, echo: true });
+    if (frame) this.#mine(frame);
+    return frame !== null;
+  }
+
+  // retry queues a failed message anew.
+  retry(conversationId, message) {
+    if (!this.send(conversationId, message.content)) return;
+    const c = this.conversations.get(conversationId);
+    c.messages = c.messages.filter((m) => m !== message);
+    this.#changed(conversationId);
+  }
+
+  direct(user) {
+    const id = "dm:" + [this.#me, user].sort(byCodePoint).join(":");
+    this.#conversation(id);
+    return id;
+  }
+
+  createGroup(name, members) { return this.#outbox.add("create-group", { name, members }) !== null; }
+  joinGroup(id) { return this.#outbox.add("join-group", { conversation_id: id }) !== null; }
+
+  read(id) {
+    const c = this.conversations.get(id);
+    if (!c?.unread) return;
+    c.unread = 0;
+    this.#changed(id);
+  }
+
+  title(c) {
+    if (c.kind === "group") return c.name || c.id;
+    const other = this.peer(c);
+    return c.members.find((m) => m.user_id === other)?.name || other;
+  }
+
+  // peer is the other user of a direct conversation.
+  peer(c) {
+    const pair = c.id.slice("dm:".length);
+    if (pair.startsWith(this.#me + ":")) return pair.slice(this.#me.length + 1);
+    return pair.slice(0, pair.length - this.#me.length - 1);
+  }
+
+  #connected() {
+    clearTimeout(this.#syncTimer);
+    if (this.#connection.state === "online") this.#sync();
+  }
+
+  #sync() {
+    this.#syncId = this.#outbox.newId();
+    this.#connection.send({ type: "sync", message_id: this.#syncId, data: { after: this.#after } });
+    this.#syncAgain(SYNC_MS);
+  }
+
+  #syncAgain(ms) {
+    clearTimeout(this.#syncTimer);
+    this.#syncTimer = setTimeout(() => this.#connection.state === "online" && this.#sync(), ms);
+  }
+
+  #frame({ type, message_id, data }) {
+    if (type === "message-ack") {
+      if (data.client_msg_id === this.#syncId && data.status === "error") {
+        this.#syncAgain((data.retry_after_ms ?? 0) + 500 + Math.random() * 500);
+      }
+      return;
+    }
+    if (!data || !this.#first(message_id)) return;
+    switch (type) {
+      case "new-message":
+        // A person at a console producer may send {"content": ...} alone.
+        if (!data.conversation_id) this.#stray(message_id, data);
+        else this.#message(data, true);
+        break;
+      case "message-delivered":
+        this.#delivered(data);
+        break;
+      case "conversation":
+        this.#described(data);
+        break;
+      case "sync":
+        for (const c of data.conversations) this.#described(c);
+        for (const m of data.messages) this.#message(m, false);
+        this.#after = data.after;
+        clearTimeout(this.#syncTimer);
+        if (data.more) this.#sync();
+        this.#changed();
+        break;
+      case "chat-error":
+        this.#refused(data);
+        break;
+    }
+  }
+
+  // #first reports whether a record is seen for the first time.
+  #first(id) {
+    if (!id) return true;
+    if (this.#seen.has(id)) return false;
+    this.#seen.add(id);
+    if (this.#seen.size > SEEN) this.#seen.delete(this.#seen.values().next().value);
+    return true;
+  }
+
+  #conversation(id) {
+    let c = this.conversations.get(id);
+    if (!c) {
+      const kind = id.startsWith("dm:") ? "dm" : "group";
+      c = { id, kind, name: "", members: [], messages: [], unread: 0, touched: Date.now() };
+      this.conversations.set(id, c);
+      this.#changed(id);
+    }
+    return c;
+  }
+
+  #described(view) {
+    const c = this.#conversation(view.conversation_id);
+    c.kind = view.kind;
+    c.name = view.name;
+    c.members = view.members;
+    this.#changed(c.id);
+    if (view.client_msg_id && view.kind === "group") {
+      this.dispatchEvent(new CustomEvent("joined", { detail: c.id }));
+    }
+  }
+
+  // #mine shows a frame of the outbox.
+  #mine(frame) {
+    const c = this.#conversation(frame.data.conversation_id);
+    c.messages.push({
+      id: "", clientId: frame.message_id, from: this.#me, fromName: "", content: frame.data.content,
+      seq: 0, sentAt: frame.timestamp, state: "pending", deliveredTo: [], order: ++this.#order,
+    });
+    c.touched = Date.now();
+    this.#changed(c.id);
+  }
+
+  #message(data, live) {
+    const c = this.#conversation(data.conversation_id);
+    const own = data.from === this.#me;
+    let m = c.messages.find((m) => m.id === data.message_id || (own && m.clientId && m.clientId === data.client_msg_id));
+    if (!m) {
+      m = { clientId: own ? data.client_msg_id : "", from: data.from, deliveredTo: [], state: "acked", order: ++this.#order };
+      c.messages.push(m);
+      if (!own) c.unread++;
+      c.touched = Math.max(c.touched, live ? Date.now() : data.sent_at);
+    }
+    m.id = data.message_id;
+    m.fromName = data.from_name;
+    m.content = data.content;
+    m.seq = data.seq;
+    m.sentAt = data.sent_at;
+    m.deliveredTo = union(m.deliveredTo, data.delivered_to);
+    this.#state(c, m);
+    c.messages.sort(bySeq);
+    if (c.messages.length > KEPT) c.messages.splice(0, c.messages.length - KEPT);
+    if (!own && !m.deliveredTo.includes(this.#me)) this.#confirm(c.id, m.id);
+    this.#changed(c.id);
+  }
+
+  #stray(id, data) {
+    const c = this.#conversation("console");
+    c.name = "Console";
+    const content = typeof data === "object" && "content" in data ? data.content : data;
+    c.messages.push({ id, clientId: "", from: "console", fromName: "", content, seq: 0, sentAt: Date.now(), state: "acked", deliveredTo: [], order: ++this.#order });
+    c.unread++;
+    c.touched = Date.now();
+    this.#changed(c.id);
+  }
+
+  #delivered(data) {
+    const c = this.conversations.get(data.conversation_id);
+    const m = c?.messages.find((m) => m.id === data.message_id || (m.clientId && m.clientId === data.client_msg_id));
+    if (!m) return; // the next sync tells of it
+    m.deliveredTo = union(m.deliveredTo, data.delivered_to);
+    this.#state(c, m);
+    this.#changed(c.id);
+  }
+
+  // #state is called for messages that im-logic knows of, so they are acked at least.
+  #state(c, m) {
+    const others = c.kind === "dm" ? 1 : c.members.length - 1;
+    m.state = m.deliveredTo.length >= Math.max(others, 1) ? "delivered" : "acked";
+  }
+
+  #settled(frame, ack, state) {
+    if (frame.type !== "send-message") {
+      if (state === "failed") this.#refuse(ack.code);
+      return;
+    }
+    const c = this.conversations.get(frame.data.conversation_id);
+    const m = c?.messages.find((m) => m.clientId === frame.message_id);
+    if (!m || m.state === "delivered" || m.state === "failed") return;
+    m.state = state;
+    if (ack.messageId) m.id ||= ack.messageId;
+    this.#changed(c.id);
+  }
+
+  #refused({ client_msg_id, message }) {
+    for (const c of this.conversations.values()) {
+      const m = client_msg_id && c.messages.find((m) => m.clientId === client_msg_id);
+      if (m) {
+        m.state = "failed";
+        this.#changed(c.id);
+      }
+    }
+    this.#refuse(message);
+  }
+
+  #refuse(text) {
+    this.dispatchEvent(new CustomEvent("refused", { detail: text }));
+  }
+
+  // #confirm gathers receipts for a moment: a sync may bring many messages.
+  #confirm(conversationId, id) {
+    if (!this.#receipts.has(conversationId)) this.#receipts.set(conversationId, new Set());
+    this.#receipts.get(conversationId).add(id);
+    if (!this.#receiptTimer) this.#receiptTimer = setTimeout(() => this.#sendReceipts(), 50);
+  }
+
+  #sendReceipts() {
+    this.#receiptTimer = 0;
+    for (const [conversation_id, ids] of this.#receipts) {
+      const message_ids = [...ids].slice(0, 200);
+      // Not kept over a reload: the sync after it brings the messages again.
+      if (!this.#outbox.add("delivered", { conversation_id, message_ids }, false)) break;
+      for (const id of message_ids) ids.delete(id);
+      if (ids.size === 0) this.#receipts.delete(conversation_id);
+    }
+    if (this.#receipts.size > 0) this.#receiptTimer = setTimeout(() => this.#sendReceipts(), 1_000);
+  }
+
+  #changed(id) {
+    this.dispatchEvent(new CustomEvent("change", { detail: id }));
+  }
+}
+
+// byCodePoint orders as im-logic does: by the bytes of UTF-8.
+function byCodePoint(a, b) {
+  const x = [...a], y = [...b];
+  for (let i = 0; i < Math.min(x.length, y.length); i++) {
+    if (x[i] !== y[i]) return x[i].codePointAt(0) - y[i].codePointAt(0);
+  }
+  return x.length - y.length;
+}
+
+// bySeq keeps what im-logic has not numbered yet at the end.
+function bySeq(a, b) {
+  return (a.seq || Infinity) - (b.seq || Infinity) || a.order - b.order;
+}
+
+function union(a, b) {
+  return [...new Set([...a, ...(b ?? [])])];
+}
