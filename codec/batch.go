@@ -1,5 +1,7 @@
 package codec
 
+import "sync"
+
 // The batches in which the event loops, the shards and the broker exchange their work. Each has
 // one owner at a time; handing it over gives up every right to it.
 
@@ -34,9 +36,32 @@ type Open struct {
 }
 
 // IngressBatch is what one event loop has for one shard. Its order is the order of arrival.
+// It is pooled: NewIngressBatch and Release.
 type IngressBatch struct {
 	Loop   int
 	Events []Event
+}
+
+var ingressBatches = sync.Pool{New: func() any { return new(IngressBatch) }}
+
+// maxPooledEvents keeps a batch that grew during a storm from staying in the pool.
+const maxPooledEvents = 4096
+
+// NewIngressBatch returns an empty batch of the loop.
+func NewIngressBatch(loop int) *IngressBatch {
+	b, _ := ingressBatches.Get().(*IngressBatch)
+	b.Loop = loop
+	return b
+}
+
+// Release gives the batch back; the shard calls it when it has handled the events.
+func (b *IngressBatch) Release() {
+	clear(b.Events)
+	if cap(b.Events) > maxPooledEvents {
+		b.Events = nil
+	}
+	b.Events = b.Events[:0]
+	ingressBatches.Put(b)
 }
 
 // CommandKind says what a Command asks for.

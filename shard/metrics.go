@@ -1,0 +1,160 @@
+package shard
+
+import (
+	"fmt"
+	"sync/atomic"
+
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+
+	"im-gateway/codec"
+)
+
+// metrics are shared by the shards of a Set; every counter may be raised from any goroutine.
+type metrics struct {
+	opened, closed, degraded, expired, slow, panics, orphans, unknown prometheus.Counter
+	presenceDropped, presenceSkipped                                  prometheus.Counter
+	deliveries                                                        prometheus.Counter
+	ends                                                              [codec.NumEnds]prometheus.Counter
+	refused                                                           map[codec.Code]prometheus.Counter
+	stored, late                                                      prometheus.Counter
+	inFlight                                                          atomic.Int64
+}
+
+// refusals are the codes that a shard refuses messages with.
+var refusals = []codec.Code{codec.Overloaded, codec.BrokerUnavailable, codec.OutcomeUnknown, codec.MessageTooLarge}
+
+func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
+	var failed error
+	register := func(c prometheus.Collector) {
+		if err := reg.Register(c); err != nil && failed == nil {
+			failed = fmt.Errorf("register the shards' metrics: %w", err)
+		}
+	}
+	counter := func(name, help string) prometheus.Counter {
+		c := prometheus.NewCounter(prometheus.CounterOpts{Name: "im_gateway_shard_" + name, Help: help})
+		register(c)
+		return c
+	}
+	m := &metrics{
+		opened:          counter("sessions_opened_total", "Sessions opened."),
+		closed:          counter("sessions_closed_total", "Sessions closed."),
+		degraded:        counter("sessions_degraded_total", "Sessions that went live without presence, Redis being too slow."),
+		expired:         counter("sessions_expired_total", "Sessions closed because the token had expired."),
+		slow:            counter("slow_consumers_total", "Sessions closed because too much, or something for too long, was waiting to be read."),
+		panics:          counter("panics_total", "Panics caught in a shard."),
+		orphans:         counter("orphans_total", "Messages and results whose session had ended."),
+		unknown:         counter("ack_deadlines_total", "Records that had no result by the ack deadline."),
+		stored:          counter("stored_total", "Records that Kafka has acknowledged."),
+		late:            counter("stored_late_total", "Those of them that came after OUTCOME_UNKNOWN."),
+		presenceDropped: counter("presence_dropped_total", "Presence operations dropped because too many were waiting."),
+		presenceSkipped: counter("presence_skipped_total", "Presence refreshes left out because the one before was still waiting."),
+		deliveries:      counter("deliveries_total", "Deliveries taken in: one per record and target."),
+		refused:         map[codec.Code]prometheus.Counter{},
+	}
+	ends := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "im_gateway_shard_ends_total",
+		Help: "How deliveries ended; their sum and what is in flight equal the deliveries taken in.",
+	}, []string{"end"})
+	register(ends)
+	for end := range m.ends {
+		m.ends[end] = ends.WithLabelValues(codec.End(end).String())
+	}
+	refused := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "im_gateway_shard_refused_total", Help: "Client messages refused, by code.",
+	}, []string{"code"})
+	register(refused)
+	for _, code := range refusals {
+		m.refused[code] = refused.WithLabelValues(string(code))
+	}
+	gauge := func(name, help string, f func(*shard) int64) {
+		register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "im_gateway_shard_" + name, Help: help},
+			func() float64 {
+				var sum int64
+				for _, s := range set.shards {
+					sum += f(s)
+				}
+				return float64(sum)
+			}))
+	}
+	gauge("sessions", "Sessions held.", func(s *shard) int64 { return s.sessions.Load() })
+	gauge("users", "Users with a session.", func(s *shard) int64 { return s.userNum.Load() })
+	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "im_gateway_shard_in_flight", Help: "Records handed to the broker without a result.",
+	}, func() float64 { return float64(m.inFlight.Load()) }))
+	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "im_gateway_shard_deliveries_open", Help: "Deliveries that have not ended.",
+	}, func() float64 {
+		open := value(m.deliveries)
+		for end := range m.ends {
+			open -= value(m.ends[end])
+		}
+		return float64(open)
+	}))
+	register(&queueCollector{set: set,
+		depth: prometheus.NewDesc("im_gateway_shard_queue_depth", "Batches waiting in a shard's queue.", []string{"shard", "queue"}, nil),
+		bound: prometheus.NewDesc("im_gateway_shard_queue_bound", "The bound of each queue.", []string{"queue"}, nil),
+	})
+	return m, failed
+}
+
+func (m *metrics) refuse(code codec.Code) {
+	if c := m.refused[code]; c != nil {
+		c.Inc()
+	}
+}
+
+func (m *metrics) result(code codec.Code, late bool) {
+	if code != codec.OK {
+		return
+	}
+	m.stored.Inc()
+	if late {
+		m.late.Inc()
+	}
+}
+
+// value reads a counter.
+func value(c prometheus.Counter) int64 {
+	var d dto.Metric
+	if err := c.Write(&d); err != nil {
+		return 0
+	}
+	return int64(d.GetCounter().GetValue())
+}
+
+// queueCollector reports the depth of every queue of every shard.
+type queueCollector struct {
+	set          *Set
+	depth, bound *prometheus.Desc
+}
+
+// Describe implements prometheus.Collector.
+func (q *queueCollector) Describe(ch chan<- *prometheus.Desc) {
+	ch <- q.depth
+	ch <- q.bound
+}
+
+// Collect implements prometheus.Collector.
+func (q *queueCollector) Collect(ch chan<- prometheus.Metric) {
+	for i, s := range q.set.shards {
+		for _, queue := range []struct {
+			name       string
+			depth, cap int
+		}{
+			{"ingress", len(s.ingress), cap(s.ingress)},
+			{"returns", len(s.returns), cap(s.returns)},
+			{"results", len(s.results), cap(s.results)},
+			{"deliveries", len(s.deliveries), cap(s.deliveries)},
+			{"presence", len(s.presence), cap(s.presence)},
+			{"control", len(s.control), cap(s.control)},
+			{"publishes", len(s.publishes), cap(s.publishes)},
+			{"upstream", len(s.upstream), cap(s.upstream)},
+		} {
+			ch <- prometheus.MustNewConstMetric(q.depth, prometheus.GaugeValue, float64(queue.depth), fmt.Sprint(i), queue.name)
+			if i == 0 {
+				ch <- prometheus.MustNewConstMetric(q.bound, prometheus.GaugeValue, float64(queue.cap), queue.name)
+			}
+		}
+	}
+}

@@ -1,0 +1,103 @@
+package shard
+
+import (
+	"im-gateway/codec"
+)
+
+// maxPendingOps bounds the presence operations that wait in a shard while Redis is away. Beyond it
+// refreshes and releases are dropped and counted: an entry that is not released expires by itself.
+const maxPendingOps = 1 << 16
+
+func (s *shard) presenceOp(kind PresenceKind, ses *session) {
+	if len(s.ops) >= maxPendingOps {
+		s.metrics.presenceDropped.Inc()
+		return
+	}
+	if kind != Release {
+		ses.presence = true
+	}
+	s.ops = append(s.ops, PresenceOp{
+		Kind: kind, User: ses.user, Session: ses.id, Version: ses.version, ConnectedAt: ses.connectedAt,
+	})
+}
+
+func (s *shard) claimPresence(ses *session) { s.presenceOp(Claim, ses) }
+
+// refreshPresence refreshes the session's entry, or claims it when the claim has not succeeded yet.
+func (s *shard) refreshPresence(ses *session) {
+	switch {
+	case ses.presence: // the last operation is still waiting for Redis
+		s.metrics.presenceSkipped.Inc()
+	case ses.version == 0:
+		s.presenceOp(Claim, ses)
+	default:
+		s.presenceOp(Refresh, ses)
+	}
+}
+
+func (s *shard) releasePresence(ses *session) {
+	if !ses.superseded {
+		s.presenceOp(Release, ses)
+	}
+}
+
+func (s *shard) flushPresence() {
+	if len(s.ops) == 0 {
+		return
+	}
+	n := len(s.ops)
+	if !s.opts.Presence.Submit(s.index, s.ops) {
+		return // offered again at the next round, a tick away at the most
+	}
+	s.outstanding += n
+	s.ops = nil
+}
+
+func (s *shard) onPresence(results []PresenceResult) {
+	s.outstanding -= len(results)
+	for i := range results {
+		r := &results[i]
+		s.current = r.Session
+		if r.Kind == Release {
+			continue
+		}
+		ses := s.lookup(r.Session)
+		if ses != nil {
+			ses.presence = false
+		}
+		switch r.Kind {
+		case Claim:
+			s.onClaim(ses, r)
+		case Refresh:
+			s.onRefreshed(ses, r)
+		}
+	}
+}
+
+func (s *shard) onClaim(ses *session, r *PresenceResult) {
+	if r.Err != nil {
+		return // `connected` goes out after the claim timeout, the claim is tried again
+	}
+	if ses == nil || ses.state == closing {
+		// The release went out before the claim had its version, yet it names the session: nothing
+		// is left behind.
+		return
+	}
+	ses.version = r.Version
+	if r.PrevGateway != "" && r.PrevGateway != s.opts.GatewayID {
+		s.opts.Replaced(ses.user, r.PrevGateway, r.PrevSession)
+	}
+	if ses.state == claiming {
+		s.goLive(ses, false)
+	}
+}
+
+func (s *shard) onRefreshed(ses *session, r *PresenceResult) {
+	if ses == nil || ses.state == closing || r.Err != nil {
+		return
+	}
+	if r.Superseded {
+		ses.superseded = true
+		s.close(ses, codec.CloseReplaced, "replaced by a newer session")
+	}
+}

@@ -1,0 +1,149 @@
+package shard
+
+import "im-gateway/codec"
+
+// state is where a session stands.
+type state uint8
+
+const (
+	free     state = iota
+	claiming       // presence is being claimed; frames are held until `connected` has gone out
+	live
+	closing // a close was commanded; the loop's EventClose ends it
+)
+
+// ref names a session inside its shard: loop and slot.
+type ref uint32
+
+const (
+	noRef     ref = 1<<32 - 1
+	indexMask     = codec.MaxIndex
+	pageBits      = 10
+	pageSize      = 1 << pageBits
+)
+
+func refOf(id codec.SessionID) ref { return ref(id.Loop())<<24 | ref(id.Index()) }
+
+// session is one connected session. It is kept small: there may be a million of them.
+type session struct {
+	user        string
+	id          codec.SessionID
+	version     int64 // of the presence entry; 0: not claimed yet
+	expiresAt   int64 // of the token, Unix ms
+	connectedAt int64 // Unix ms
+	next        ref   // the user's next session
+	wheelPrev   ref
+	wheelNext   ref
+	pinged      uint32 // tick of the last ping
+	refreshed   uint32 // tick of the last presence refresh
+	in, out     uint32 // client messages, frames
+	pending     int32  // bytes of frames that the kernel has not taken yet
+	inFlight    uint16 // upstream messages without a result
+	slot        uint16 // wheel slot + 1; 0: in none
+	state       state
+	closeCode   codec.CloseCode // commanded, while closing
+	presence    bool            // an operation of the session's own is under way
+	superseded  bool            // the presence entry belongs to a newer session: not to be released
+	backlogged  bool            // it has an entry in backlogs
+	online      bool            // user.online was sent
+}
+
+// table is the sessions of one loop, found by slot, in pages that never move.
+type table struct {
+	pages []*[pageSize]session
+}
+
+func (t *table) at(index uint32) *session {
+	page := int(index >> pageBits)
+	if page >= len(t.pages) || t.pages[page] == nil {
+		return nil
+	}
+	return &t.pages[page][index&(pageSize-1)]
+}
+
+func (t *table) grow(index uint32) *session {
+	page := int(index >> pageBits)
+	for page >= len(t.pages) {
+		t.pages = append(t.pages, nil)
+	}
+	if t.pages[page] == nil {
+		t.pages[page] = new([pageSize]session)
+	}
+	return &t.pages[page][index&(pageSize-1)]
+}
+
+// lookup returns the session named by id, or nil when it has ended.
+func (s *shard) lookup(id codec.SessionID) *session {
+	if id.Loop() >= len(s.tables) {
+		return nil
+	}
+	ses := s.tables[id.Loop()].at(id.Index())
+	if ses == nil || ses.id != id || ses.state == free {
+		return nil
+	}
+	return ses
+}
+
+func (s *shard) byRef(r ref) *session { return s.tables[r>>24].at(uint32(r) & indexMask) }
+
+// link makes ses the user's first session and returns the others' first.
+func (s *shard) link(ses *session) (others ref) {
+	others, had := s.users[ses.user]
+	if !had {
+		others = noRef
+	}
+	ses.next = others
+	s.users[ses.user] = refOf(ses.id)
+	return others
+}
+
+// unlink takes ses out of its user's list.
+func (s *shard) unlink(ses *session) {
+	me := refOf(ses.id)
+	first, ok := s.users[ses.user]
+	if !ok {
+		return
+	}
+	if first == me {
+		if ses.next == noRef {
+			delete(s.users, ses.user)
+		} else {
+			s.users[ses.user] = ses.next
+		}
+		return
+	}
+	for r := first; r != noRef; {
+		prev := s.byRef(r)
+		if prev.next == me {
+			prev.next = ses.next
+			return
+		}
+		r = prev.next
+	}
+}
+
+// userSessions calls f for each session of the user that is not closing.
+func (s *shard) userSessions(user string, f func(*session)) {
+	r, ok := s.users[user]
+	for ok && r != noRef {
+		ses := s.byRef(r)
+		r = ses.next
+		f(ses)
+	}
+}
+
+// each calls f for every session of the shard, closing ones too.
+func (s *shard) each(f func(*session)) {
+	for i := range s.tables {
+		for _, page := range s.tables[i].pages {
+			if page == nil {
+				continue
+			}
+			for j := range page {
+				if page[j].state != free {
+					f(&page[j])
+				}
+			}
+		}
+	}
+}

@@ -1,0 +1,174 @@
+package shard
+
+import (
+	"im-gateway/codec"
+)
+
+// flight is the records in flight whose deadline has not passed, oldest first. All deadlines are
+// equally long, so the order of acceptance is the order of deadlines.
+type flight struct {
+	first, last *codec.Upstream
+	n           int
+}
+
+func (f *flight) add(u *codec.Upstream) {
+	u.Prev, u.Next = f.last, nil
+	if f.last == nil {
+		f.first = u
+	} else {
+		f.last.Next = u
+	}
+	f.last = u
+	f.n++
+}
+
+func (f *flight) remove(u *codec.Upstream) {
+	if u.Prev == nil {
+		f.first = u.Next
+	} else {
+		u.Prev.Next = u.Next
+	}
+	if u.Next == nil {
+		f.last = u.Prev
+	} else {
+		u.Next.Prev = u.Prev
+	}
+	u.Prev, u.Next = nil, nil
+	f.n--
+}
+
+// onMessage accepts or refuses a client's message.
+func (s *shard) onMessage(u *codec.Upstream) {
+	ses := s.lookup(u.Session)
+	if ses == nil || ses.state == closing {
+		s.metrics.orphans.Inc()
+		u.Release()
+		return
+	}
+	ses.in++
+	code, retry := codec.Overloaded, int32(0)
+	if int(ses.inFlight) < s.opts.MaxSessionInFlight {
+		code, retry = s.opts.Publisher.Admit(u.Size())
+	}
+	if code != codec.OK {
+		s.refuse(ses, u, code, retry)
+		u.Release()
+		return
+	}
+	ses.inFlight++
+	s.accept(u)
+}
+
+func (s *shard) accept(u *codec.Upstream) {
+	u.Deadline = s.now + s.opts.AckDeadline.Milliseconds()
+	s.flight.add(u)
+	s.metrics.inFlight.Add(1)
+	s.up.Records = append(s.up.Records, u)
+}
+
+// refuse answers with an error: under the message's name, where it has one.
+func (s *shard) refuse(ses *session, u *codec.Upstream, code codec.Code, retryAfterMS int32) {
+	s.metrics.refuse(code)
+	b := s.box(ses)
+	start := len(b.Arena)
+	if len(u.ClientMsgID) > 0 {
+		b.Arena = codec.AppendAckError(b.Arena, u.ClientMsgID, u.Temp, code, retryAfterMS, s.now)
+	} else {
+		b.Arena = codec.AppendError(b.Arena, code, refusalText(code), s.now)
+	}
+	s.send(ses, b.Arena[start:len(b.Arena):len(b.Arena)], codec.Delivery{})
+}
+
+func refusalText(code codec.Code) string {
+	switch code {
+	case codec.Overloaded:
+		return "too much is under way; the message was not stored, send it again later"
+	case codec.BrokerUnavailable:
+		return "the message store is not available; the message was not stored"
+	case codec.OutcomeUnknown:
+		return "no answer from the message store; the message may or may not be stored"
+	case codec.MessageTooLarge:
+		return "the message is too large for the message store"
+	default:
+		return "the message was not stored"
+	}
+}
+
+// onPublish accepts or refuses a message of the HTTP API.
+func (s *shard) onPublish(u *codec.Upstream) {
+	if code, retry := s.opts.Publisher.Admit(u.Size()); code != codec.OK {
+		s.metrics.refuse(code)
+		u.Reply <- codec.UpstreamResult{Code: code, RetryAfterMS: retry}
+		u.Release()
+		return
+	}
+	s.accept(u)
+}
+
+// onResults answers the clients.
+func (s *shard) onResults(b *codec.UpstreamBatch) {
+	for _, u := range b.Records {
+		s.current = u.Session
+		if !u.Unknown {
+			s.flight.remove(u)
+		}
+		s.metrics.inFlight.Add(-1)
+		s.metrics.result(u.Result.Code, u.Unknown)
+		s.answer(u)
+		u.Release()
+	}
+	clear(b.Records)
+}
+
+func (s *shard) answer(u *codec.Upstream) {
+	if u.Reply != nil {
+		if !u.Unknown {
+			s.reply(u, u.Result)
+		}
+		return
+	}
+	ses := s.lookup(u.Session)
+	if ses == nil {
+		s.metrics.orphans.Inc()
+		return
+	}
+	ses.inFlight--
+	if ses.state == closing {
+		return
+	}
+	if u.Result.Code != codec.OK {
+		if !u.Unknown || u.Result.Code != codec.OutcomeUnknown { // it was said already
+			s.refuse(ses, u, u.Result.Code, u.Result.RetryAfterMS)
+		}
+		return
+	}
+	if len(u.ClientMsgID) == 0 {
+		return
+	}
+	out := s.box(ses)
+	start := len(out.Arena)
+	out.Arena = codec.AppendAck(out.Arena, u, s.opts.Topic, s.now)
+	s.send(ses, out.Arena[start:len(out.Arena):len(out.Arena)], codec.Delivery{})
+}
+
+func (s *shard) reply(u *codec.Upstream, r codec.UpstreamResult) {
+	r.MessageID = string(u.MessageID)
+	u.Reply <- r // capacity 1, one answer
+}
+
+// expireFlight tells the clients of records whose deadline has passed that their outcome is not
+// known; the result, when it comes, is sent all the same.
+func (s *shard) expireFlight() {
+	for u := s.flight.first; u != nil && u.Deadline <= s.now; u = s.flight.first {
+		s.flight.remove(u)
+		u.Unknown = true
+		s.metrics.unknown.Inc()
+		if u.Reply != nil {
+			s.reply(u, codec.UpstreamResult{Code: codec.OutcomeUnknown, Offset: -1})
+			continue
+		}
+		if ses := s.lookup(u.Session); ses != nil && ses.state != closing {
+			s.refuse(ses, u, codec.OutcomeUnknown, 0)
+		}
+	}
+}
