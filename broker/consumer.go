@@ -1,0 +1,297 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/IBM/sarama"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rs/zerolog"
+
+	"im-gateway/codec"
+)
+
+const (
+	rejoinBackoffMin = 100 * time.Millisecond
+	rejoinBackoffMax = 5 * time.Second
+	// steadySession is how long a session must have lasted for the back-off to begin anew.
+	steadySession = 30 * time.Second
+	// leaveGrace is what the last commit gets when Run's context ends without a Stop.
+	leaveGrace = 3 * time.Second
+	drainPoll  = 5 * time.Millisecond
+)
+
+// ErrFenced is returned by Run when another member has joined the group under this gateway's id: it
+// owns the topic now, and this process must not read it again.
+var ErrFenced = errors.New("kafka consumer: another gateway has taken the topic over")
+
+// Consumer reads this gateway's downstream topic. NewConsumer, then Run on a goroutine of its own;
+// Stop, or the end of Run's context, ends it. All methods may be called from any goroutine.
+type Consumer struct {
+	// Immutable after NewConsumer.
+	opts       Options
+	producer   *Producer
+	dispatch   func(ctx context.Context, shard int, b *codec.DeliveryBatch) error
+	beforeJoin func(context.Context) error
+	shards     int
+	log        zerolog.Logger
+	link       *link
+	metrics    consumerMetrics
+	ends       [codec.NumEnds]prometheus.Counter
+
+	started   atomic.Bool
+	readyOnce sync.Once
+	ready     chan struct{} // closed when partitions are claimed for the first time
+	stopOnce  sync.Once
+	draining  chan struct{} // closed by Stop: read no further
+	left      chan struct{} // closed by Stop: leave the group
+	done      chan struct{} // closed by Run
+
+	inSession atomic.Bool
+	claims    atomic.Int32 // claims that are running
+	idle      atomic.Int32 // of these, told to drain and with nothing open
+}
+
+// NewConsumer validates and allocates. dispatch hands deliveries to a shard and may block until the
+// shard has room; the records' Owner is told of their ends. Undelivered and dead-letter records go
+// through producer, which must outlive the consumer. beforeJoin, when not nil, is called before each
+// time the group is joined; its ErrFenced ends Run, another error is tried again.
+func NewConsumer(opts Options, producer *Producer, shards int,
+	dispatch func(ctx context.Context, shard int, b *codec.DeliveryBatch) error,
+	beforeJoin func(context.Context) error,
+) (*Consumer, error) {
+	opts, err := opts.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	if shards < 1 || shards > codec.MaxShards {
+		return nil, fmt.Errorf("broker: %d shards", shards)
+	}
+	if beforeJoin == nil {
+		beforeJoin = func(context.Context) error { return nil }
+	}
+	c := &Consumer{
+		opts: opts, producer: producer, dispatch: dispatch, beforeJoin: beforeJoin, shards: shards,
+		log:      opts.Logger,
+		link:     newLink(),
+		ready:    make(chan struct{}),
+		draining: make(chan struct{}),
+		left:     make(chan struct{}),
+		done:     make(chan struct{}),
+	}
+	if err := opts.consumerConfig(c.link).Validate(); err != nil {
+		return nil, fmt.Errorf("broker: %w", err)
+	}
+	if c.metrics, err = newConsumerMetrics(opts.Registerer); err != nil {
+		return nil, err
+	}
+	for end := codec.EndDelivered; end < codec.NumEnds; end++ {
+		c.ends[end] = c.metrics.ends.WithLabelValues(end.String())
+	}
+	return c, nil
+}
+
+// Ready is closed once the group is joined and partitions are claimed.
+func (c *Consumer) Ready() <-chan struct{} { return c.ready }
+
+// Run joins the group and reads until Stop or the end of ctx, through rebalances, outages and the
+// topic's absence. It returns nil after a stop, ErrFenced, or an error that trying again cannot mend.
+func (c *Consumer) Run(ctx context.Context) error {
+	c.started.Store(true)
+	defer close(c.done)
+	defer c.link.cut()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	// The last commit needs the network for a moment more, but not for ever.
+	defer context.AfterFunc(ctx, func() {
+		if c.inSession.Load() {
+			c.link.wait(leaveGrace)
+		}
+		c.link.cut()
+	})()
+	go func() {
+		select {
+		case <-c.left:
+		case <-ctx.Done():
+		}
+		cancel()
+	}()
+
+	group, client, err := c.client()
+	if err != nil {
+		return err
+	}
+	errorsLogged := make(chan struct{})
+	go func() {
+		defer close(errorsLogged)
+		c.logErrors(group.Errors())
+	}()
+	err = c.sessions(ctx, group)
+	c.link.cut() // a static member does not leave, yet Close looks for the coordinator first
+	_ = group.Close()
+	_ = client.Close()
+	<-errorsLogged
+	return err
+}
+
+// client makes sarama's objects; none of them connects yet.
+func (c *Consumer) client() (sarama.ConsumerGroup, sarama.Client, error) {
+	client, err := sarama.NewClient(c.opts.Brokers, c.opts.consumerConfig(c.link))
+	if err != nil {
+		return nil, nil, fmt.Errorf("kafka consumer: %w", err)
+	}
+	group, err := sarama.NewConsumerGroupFromClient(c.opts.Group(), client)
+	if err != nil {
+		_ = client.Close()
+		return nil, nil, fmt.Errorf("kafka consumer: %w", err)
+	}
+	return group, client, nil
+}
+
+// sessions joins the group again and again.
+func (c *Consumer) sessions(ctx context.Context, group sarama.ConsumerGroup) error {
+	topics := []string{c.opts.DownstreamTopic()}
+	backoff := rejoinBackoffMin
+	for ctx.Err() == nil {
+		h := &handler{c: c}
+		begun := time.Now()
+		err := c.beforeJoin(ctx)
+		if err != nil {
+			err = fmt.Errorf("before joining: %w", err)
+		} else {
+			err = group.Consume(ctx, topics, h)
+			c.inSession.Store(false)
+		}
+		switch {
+		case errors.Is(err, ErrFenced), errors.Is(err, sarama.ErrFencedInstancedId),
+			errors.Is(h.cause, sarama.ErrFencedInstancedId):
+			return ErrFenced
+		case ctx.Err() != nil:
+			return nil
+		case permanent(err):
+			return fmt.Errorf("kafka consumer: %w", err)
+		case c.refused(err):
+			return fmt.Errorf("kafka consumer: needs READ on topic %s and on group %s: %w", topics[0], c.opts.Group(), err)
+		}
+		if time.Since(begun) > steadySession {
+			backoff = rejoinBackoffMin
+		}
+		c.log.Warn().AnErr("cause", h.cause).Err(err).Str("topic", topics[0]).Dur("retry_in", backoff).
+			Msg("kafka: the consumer's session has ended, joining again")
+		c.pause(ctx, backoff)
+		backoff = min(2*backoff, rejoinBackoffMax)
+	}
+	return nil
+}
+
+// refused reports whether rights are missing at the start. Later they are waited for: it is better to
+// serve without downstream records than not at all.
+func (c *Consumer) refused(err error) bool {
+	select {
+	case <-c.ready:
+		return false
+	default:
+		return errors.Is(err, sarama.ErrGroupAuthorizationFailed) || errors.Is(err, sarama.ErrTopicAuthorizationFailed)
+	}
+}
+
+func (c *Consumer) pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+func (c *Consumer) logErrors(errs <-chan error) {
+	var quiet quiet
+	for err := range errs {
+		if n, ok := quiet.allow(); ok {
+			c.log.Warn().Err(err).Int("suppressed", n).Msg("kafka: consumer")
+		}
+	}
+}
+
+// Stop ends the consumer in order: it reads no further, waits until what is open has ended and is
+// stored where it belongs, commits and leaves. At the end of ctx it leaves with what is committed
+// then; the rest is read again by the next reader. It returns when Run has.
+func (c *Consumer) Stop(ctx context.Context) error {
+	c.stopOnce.Do(func() { close(c.draining) })
+	if !c.started.Load() {
+		return nil
+	}
+	settled := c.drain(ctx)
+	select {
+	case <-c.left:
+	default:
+		close(c.left)
+	}
+	select {
+	case <-c.done:
+	case <-ctx.Done():
+		c.link.cut()
+		<-c.done
+	}
+	if !settled {
+		return fmt.Errorf("kafka consumer: left with records open: %w", ctx.Err())
+	}
+	return nil
+}
+
+// drain waits until every claim is idle; without a session nothing is open.
+func (c *Consumer) drain(ctx context.Context) bool {
+	t := time.NewTicker(drainPoll)
+	defer t.Stop()
+	for {
+		if c.idle.Load() >= c.claims.Load() {
+			return true
+		}
+		select {
+		case <-t.C:
+		case <-c.done:
+			return true
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
+// handler is sarama's view of one session.
+type handler struct {
+	c     *Consumer
+	cause error // why the session ended
+}
+
+var _ sarama.ConsumerGroupHandler = (*handler)(nil)
+
+// Setup is called by sarama when the group is joined.
+func (h *handler) Setup(s sarama.ConsumerGroupSession) error {
+	c := h.c
+	n := len(s.Claims()[c.opts.DownstreamTopic()])
+	c.inSession.Store(true)
+	c.metrics.sessions.Inc()
+	c.log.Info().Str("topic", c.opts.DownstreamTopic()).Int("partitions", n).Int32("generation", s.GenerationID()).
+		Msg("kafka: consumer group joined")
+	if n > 0 {
+		c.readyOnce.Do(func() { close(c.ready) })
+	}
+	return nil
+}
+
+// Cleanup is called by sarama when all claims have returned, before the last commit.
+func (h *handler) Cleanup(s sarama.ConsumerGroupSession) error {
+	h.cause = context.Cause(s.Context())
+	return nil
+}
+
+// ConsumeClaim is called by sarama on a goroutine for each claimed partition.
+func (h *handler) ConsumeClaim(s sarama.ConsumerGroupSession, in sarama.ConsumerGroupClaim) error {
+	k := newClaim(h.c, s, in)
+	defer k.close()
+	return k.run()
+}

@@ -1,0 +1,242 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/IBM/sarama"
+	"github.com/rs/zerolog"
+)
+
+const (
+	safeReplication = 3
+	safeInSync      = 2
+	leaderPoll      = 50 * time.Millisecond
+	adminTimeout    = 10 * time.Second
+)
+
+// Admin looks after the topics, at the start.
+type Admin struct {
+	opts Options
+	log  zerolog.Logger
+}
+
+// NewAdmin validates the options.
+func NewAdmin(opts Options) (*Admin, error) {
+	opts, err := opts.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	return &Admin{opts: opts, log: opts.Logger}, nil
+}
+
+// wantedTopic is a topic that the gateway needs, and how it is created.
+type wantedTopic struct {
+	name   string
+	detail *sarama.TopicDetail // nil: it may not be created
+}
+
+func (a *Admin) wanted() []wantedTopic {
+	retention := strconv.FormatInt(a.opts.DownstreamRetention.Milliseconds(), 10)
+	own := topicDetail(a.opts.DownstreamPartitions, a.opts.DownstreamReplication)
+	own.ConfigEntries = map[string]*string{"retention.ms": &retention}
+	wanted := []wantedTopic{{a.opts.DownstreamTopic(), own}}
+	for _, name := range []string{
+		a.opts.UpstreamTopic, a.opts.UndeliveredTopic, a.opts.DeadletterTopic, a.opts.UserEventsTopic,
+	} {
+		t := wantedTopic{name: name}
+		if a.opts.CreateShared {
+			t.detail = topicDetail(a.opts.SharedPartitions, a.opts.SharedReplication)
+		}
+		wanted = append(wanted, t)
+	}
+	return wanted
+}
+
+func topicDetail(partitions, replication int) *sarama.TopicDetail {
+	d := &sarama.TopicDetail{NumPartitions: int32(partitions), ReplicationFactor: int16(replication)}
+	if replication == 0 {
+		d.ReplicationFactor = -1 // the brokers' default
+	}
+	return d
+}
+
+// EnsureTopics creates this gateway's downstream topic when it is missing, and the shared ones when
+// that is allowed; it returns when every topic has a leader for every partition. The error names
+// every topic that is missing or must not be used, and what to do. Topics that can lose acknowledged
+// records are logged as warnings, or are errors with Strict.
+func (a *Admin) EnsureTopics(ctx context.Context) error {
+	l := newLink()
+	defer l.cut()
+	defer context.AfterFunc(ctx, l.cut)()
+	conf := a.opts.config(l)
+	conf.Metadata.Full = true // the admin looks for the controller by it
+	conf.Metadata.Retry.Max = sideMetadataRetries
+	conf.Admin.Timeout = adminTimeout
+	admin, err := sarama.NewClusterAdmin(a.opts.Brokers, conf)
+	if err != nil {
+		return fmt.Errorf("kafka: %w", errors.Join(ctx.Err(), err))
+	}
+	defer func() { _ = admin.Close() }()
+
+	wanted := a.wanted()
+	if err := a.create(admin, wanted); err != nil {
+		return errors.Join(ctx.Err(), err)
+	}
+	topics, err := a.led(ctx, admin, wanted)
+	if err != nil {
+		return err
+	}
+	return a.judge(admin, topics)
+}
+
+// create creates what is missing and may be created.
+func (a *Admin) create(admin sarama.ClusterAdmin, wanted []wantedTopic) error {
+	found, err := describe(admin, wanted)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, t := range wanted {
+		m := found[t.name]
+		switch {
+		case m == nil:
+			errs = append(errs, fmt.Errorf("kafka: no answer about topic %s", t.name))
+		case m.Err == sarama.ErrNoError, m.Err == sarama.ErrLeaderNotAvailable:
+		case m.Err == sarama.ErrTopicAuthorizationFailed:
+			errs = append(errs, fmt.Errorf("kafka: needs DESCRIBE on topic %s: %w", t.name, m.Err))
+		case m.Err != sarama.ErrUnknownTopicOrPartition:
+			errs = append(errs, fmt.Errorf("kafka: topic %s: %w", t.name, m.Err))
+		case t.detail == nil:
+			errs = append(errs, fmt.Errorf("kafka: topic %s does not exist: create it, or let the gateway "+
+				"create it by kafka.create_shared_topics", t.name))
+		default:
+			if err := a.createTopic(admin, t); err != nil {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (a *Admin) createTopic(admin sarama.ClusterAdmin, t wantedTopic) error {
+	err := admin.CreateTopic(t.name, t.detail, false)
+	switch {
+	case err == nil:
+		a.log.Info().Str("topic", t.name).Int32("partitions", t.detail.NumPartitions).Msg("kafka: topic created")
+		return nil
+	case errors.Is(err, sarama.ErrTopicAlreadyExists): // another gateway was faster
+		return nil
+	case errors.Is(err, sarama.ErrTopicAuthorizationFailed), errors.Is(err, sarama.ErrClusterAuthorizationFailed):
+		return fmt.Errorf("kafka: topic %s does not exist, and creating it needs CREATE on topic %s or on the cluster: %w",
+			t.name, t.name, err)
+	}
+	return fmt.Errorf("kafka: creating topic %s (%d partitions, replication %d): %w",
+		t.name, t.detail.NumPartitions, t.detail.ReplicationFactor, err)
+}
+
+func describe(admin sarama.ClusterAdmin, wanted []wantedTopic) (map[string]*sarama.TopicMetadata, error) {
+	names := make([]string, len(wanted))
+	for i, t := range wanted {
+		names[i] = t.name
+	}
+	list, err := admin.DescribeTopics(names)
+	if err != nil {
+		return nil, fmt.Errorf("kafka: describing topics: %w", err)
+	}
+	found := make(map[string]*sarama.TopicMetadata, len(list))
+	for _, m := range list {
+		found[m.Name] = m
+	}
+	return found, nil
+}
+
+// led waits until every partition of every topic has a leader.
+func (a *Admin) led(ctx context.Context, admin sarama.ClusterAdmin, wanted []wantedTopic) ([]*sarama.TopicMetadata, error) {
+	t := time.NewTicker(leaderPoll)
+	defer t.Stop()
+	for {
+		found, err := describe(admin, wanted)
+		var missing string
+		topics := make([]*sarama.TopicMetadata, 0, len(wanted))
+		for _, w := range wanted {
+			m := found[w.name]
+			if m == nil || m.Err != sarama.ErrNoError || !hasLeaders(m) {
+				missing = w.name
+				break
+			}
+			topics = append(topics, m)
+		}
+		if err == nil && missing == "" {
+			return topics, nil
+		}
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			if err != nil {
+				return nil, errors.Join(ctx.Err(), err)
+			}
+			return nil, fmt.Errorf("kafka: topic %s has a partition without a leader: %w", missing, ctx.Err())
+		}
+	}
+}
+
+func hasLeaders(m *sarama.TopicMetadata) bool {
+	for _, p := range m.Partitions {
+		if p.Err == sarama.ErrLeaderNotAvailable || p.Leader < 0 {
+			return false
+		}
+	}
+	return len(m.Partitions) > 0
+}
+
+// judge warns about topics that can lose records, or refuse them.
+func (a *Admin) judge(admin sarama.ClusterAdmin, topics []*sarama.TopicMetadata) error {
+	var errs []error
+	for _, m := range topics {
+		for _, problem := range a.problems(admin, m) {
+			if a.opts.Strict {
+				errs = append(errs, fmt.Errorf("kafka: topic %s: %s (kafka.strict)", m.Name, problem))
+				continue
+			}
+			a.log.Warn().Str("topic", m.Name).Msg("kafka: " + problem)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (a *Admin) problems(admin sarama.ClusterAdmin, m *sarama.TopicMetadata) []string {
+	var problems []string
+	replicas := len(m.Partitions[0].Replicas)
+	for _, p := range m.Partitions {
+		replicas = min(replicas, len(p.Replicas))
+	}
+	if replicas < safeReplication {
+		problems = append(problems, fmt.Sprintf("replication is %d: below %d the loss of a broker can lose acknowledged records",
+			replicas, safeReplication))
+	}
+	entries, err := admin.DescribeConfig(sarama.ConfigResource{
+		Type: sarama.TopicResource, Name: m.Name, ConfigNames: []string{"min.insync.replicas", "max.message.bytes"},
+	})
+	if err != nil {
+		return append(problems, "its configuration could not be read (DESCRIBE_CONFIGS on the topic): "+err.Error())
+	}
+	for _, e := range entries {
+		n, err := strconv.Atoi(e.Value)
+		if err != nil {
+			continue
+		}
+		switch {
+		case e.Name == "min.insync.replicas" && n < safeInSync:
+			problems = append(problems, fmt.Sprintf("min.insync.replicas is %d: below %d one broker's word makes a record acknowledged",
+				n, safeInSync))
+		case e.Name == "max.message.bytes" && n < a.opts.MaxRecordBytes:
+			problems = append(problems, fmt.Sprintf("max.message.bytes is %d: whole batches are refused unless it is at least %d",
+				n, a.opts.MaxRecordBytes))
+		}
+	}
+	return problems
+}
