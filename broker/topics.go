@@ -16,6 +16,9 @@ const (
 	safeInSync      = 2
 	leaderPoll      = 50 * time.Millisecond
 	adminTimeout    = 10 * time.Second
+
+	minInSync       = "min.insync.replicas"
+	maxMessageBytes = "max.message.bytes"
 )
 
 // Admin looks after the topics, at the start.
@@ -195,9 +198,13 @@ func hasLeaders(m *sarama.TopicMetadata) bool {
 
 // judge warns about topics that can lose records, or refuse them.
 func (a *Admin) judge(admin sarama.ClusterAdmin, topics []*sarama.TopicMetadata) error {
+	configs, err := topicConfigs(admin, topics)
+	if err != nil {
+		a.log.Warn().Err(err).Msg("kafka: the topics' configuration could not be read")
+	}
 	var errs []error
 	for _, m := range topics {
-		for _, problem := range a.problems(admin, m) {
+		for _, problem := range a.problems(m, configs[m.Name]) {
 			if a.opts.Strict {
 				errs = append(errs, fmt.Errorf("kafka: topic %s: %s (kafka.strict)", m.Name, problem))
 				continue
@@ -208,7 +215,26 @@ func (a *Admin) judge(admin sarama.ClusterAdmin, topics []*sarama.TopicMetadata)
 	return errors.Join(errs...)
 }
 
-func (a *Admin) problems(admin sarama.ClusterAdmin, m *sarama.TopicMetadata) []string {
+func topicConfigs(admin sarama.ClusterAdmin, topics []*sarama.TopicMetadata) (map[string]*sarama.ConfigResourceResult, error) {
+	var resources []*sarama.ConfigResource
+	for _, m := range topics {
+		resources = append(resources, &sarama.ConfigResource{
+			Type: sarama.TopicResource, Name: m.Name, ConfigNames: []string{minInSync, maxMessageBytes},
+		})
+	}
+	results, err := admin.DescribeConfigs(resources, sarama.DescribeConfigsOptions{})
+	if err != nil {
+		return nil, err
+	}
+	configs := make(map[string]*sarama.ConfigResourceResult, len(results))
+	for _, r := range results {
+		configs[r.Name] = r
+	}
+	return configs, nil
+}
+
+// problems says what is wrong with a topic; config is nil when it could not be read.
+func (a *Admin) problems(m *sarama.TopicMetadata, config *sarama.ConfigResourceResult) []string {
 	var problems []string
 	replicas := len(m.Partitions[0].Replicas)
 	for _, p := range m.Partitions {
@@ -218,24 +244,23 @@ func (a *Admin) problems(admin sarama.ClusterAdmin, m *sarama.TopicMetadata) []s
 		problems = append(problems, fmt.Sprintf("replication is %d: below %d the loss of a broker can lose acknowledged records",
 			replicas, safeReplication))
 	}
-	entries, err := admin.DescribeConfig(sarama.ConfigResource{
-		Type: sarama.TopicResource, Name: m.Name, ConfigNames: []string{"min.insync.replicas", "max.message.bytes"},
-	})
-	if err != nil {
-		return append(problems, "its configuration could not be read (DESCRIBE_CONFIGS on the topic): "+err.Error())
+	if config == nil {
+		return problems
 	}
-	for _, e := range entries {
+	if config.ErrorCode != 0 {
+		return append(problems, fmt.Sprintf("its configuration could not be read, which needs DESCRIBE_CONFIGS on it: %s (%d)",
+			config.ErrorMsg, config.ErrorCode))
+	}
+	for _, e := range config.Configs {
 		n, err := strconv.Atoi(e.Value)
-		if err != nil {
-			continue
-		}
 		switch {
-		case e.Name == "min.insync.replicas" && n < safeInSync:
-			problems = append(problems, fmt.Sprintf("min.insync.replicas is %d: below %d one broker's word makes a record acknowledged",
-				n, safeInSync))
-		case e.Name == "max.message.bytes" && n < a.opts.MaxRecordBytes:
-			problems = append(problems, fmt.Sprintf("max.message.bytes is %d: whole batches are refused unless it is at least %d",
-				n, a.opts.MaxRecordBytes))
+		case err != nil:
+		case e.Name == minInSync && n < safeInSync:
+			problems = append(problems, fmt.Sprintf("%s is %d: below %d one broker's word makes a record acknowledged",
+				minInSync, n, safeInSync))
+		case e.Name == maxMessageBytes && n < a.opts.MaxRecordBytes:
+			problems = append(problems, fmt.Sprintf("%s is %d: whole batches are refused unless it is at least %d",
+				maxMessageBytes, n, a.opts.MaxRecordBytes))
 		}
 	}
 	return problems
