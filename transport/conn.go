@@ -1,0 +1,244 @@
+package transport
+
+import (
+	"github.com/panjf2000/gnet/v2"
+	"golang.org/x/sys/unix"
+
+	"im-gateway/codec"
+)
+
+// connState is where a connection stands.
+type connState uint8
+
+const (
+	stateHead      connState = iota // reading the head of the first request
+	stateVerifying                  // the token is being checked off the loop
+	stateBridged                    // net/http has it
+	stateOpen                       // frames
+	stateClosing                    // a close or a last response has been written; draining input
+	stateClosed                     // gnet has let go of it; never written to again
+)
+
+// Bounds of a lingering close: long enough that the peer reads the close frame, which unread input
+// would turn into a reset (RFC 6455, section 7.1.1).
+const (
+	lingerMS    = 2000
+	lingerBytes = 1 << 20
+)
+
+// conn is one connection; all of it belongs to its loop. Idle users cost one each: keep it small.
+type conn struct {
+	c        gnet.Conn
+	l        *loop
+	user     string
+	id       codec.SessionID // 0: no session
+	lastRead int64           // Unix ms
+	expires  int64           // of the token, Unix ms
+	written  uint64          // bytes that the connection was asked to write
+	asm      *assembly       // of a message that came in pieces; nil while there is none
+	bridge   *bridge         // while net/http has it
+	linger   *linger         // while closing
+	head     int32           // first command of the current egress batch; -1: none
+	last     int32           // its last
+	state    connState
+	backlog  bool // in the loop's backlog list
+	half     bool // our side is shut down
+	checking bool // a refreshed token is being checked
+}
+
+type linger struct {
+	until   int64
+	dropped int
+}
+
+// drop lets go of what only a live connection needs.
+func (cn *conn) drop() {
+	cn.asm, cn.bridge, cn.linger = nil, nil, nil
+}
+
+// read handles the input that gnet has for the connection.
+func (cn *conn) read() {
+	switch cn.state {
+	case stateHead:
+		cn.readHead()
+	case stateVerifying:
+		if cn.c.InboundBuffered()+bufferedNow(cn) > cn.l.s.opts.HeadBytes+cn.l.s.opts.MaxMessageBytes {
+			cn.respond(tooLargeResponse)
+		}
+	case stateBridged:
+		cn.feedBridge()
+	case stateOpen:
+		cn.readFrames()
+	case stateClosing:
+		cn.drain()
+	case stateClosed:
+	}
+}
+
+// bufferedNow is the size of all that has not been consumed.
+func bufferedNow(cn *conn) int {
+	b, err := cn.c.Peek(-1)
+	if err != nil {
+		return 0
+	}
+	return len(b)
+}
+
+// write sends bytes. It never blocks: what the kernel does not take is buffered and watched.
+func (cn *conn) write(b []byte) {
+	if cn.state == stateClosed || len(b) == 0 {
+		return
+	}
+	cn.written += uint64(len(b))
+	cn.l.s.metrics.bytesOut.Add(float64(len(b)))
+	if _, err := cn.c.Write(b); err != nil || cn.state == stateClosed {
+		return // gnet has closed it and told us
+	}
+	waiting := cn.c.OutboundBuffered()
+	if waiting == 0 {
+		return
+	}
+	if !cn.backlog {
+		cn.backlog = true
+		cn.l.backlog = append(cn.l.backlog, cn)
+	}
+	if cn.state == stateOpen && waiting > cn.l.s.opts.EgressBudget+egressSlack {
+		cn.l.fail(cn, codec.CloseSlowConsumer, reasonSlow)
+	}
+}
+
+// flushed is how many of the bytes written the kernel has taken.
+func (cn *conn) flushed() uint64 { return cn.written - uint64(cn.c.OutboundBuffered()) }
+
+// reportFlushed tells the shard how far a backlogged connection's stream has got.
+func (l *loop) reportFlushed(cn *conn) {
+	if cn.id != 0 && cn.backlog && cn.state != stateClosed {
+		l.emit(codec.Event{Kind: codec.EventFlushed, Session: cn.id, Value: int64(cn.flushed())})
+	}
+}
+
+// tickBacklog reports the progress of the connections whose peer reads slowly.
+func (l *loop) tickBacklog() {
+	kept := l.backlog[:0]
+	for _, cn := range l.backlog {
+		if cn.state == stateClosed {
+			continue
+		}
+		l.reportFlushed(cn)
+		if cn.c.OutboundBuffered() == 0 {
+			cn.backlog = false
+			continue
+		}
+		kept = append(kept, cn)
+	}
+	clear(l.backlog[len(kept):])
+	l.backlog = kept
+}
+
+// fail closes a connection for a reason of the gateway's: a close frame where frames are spoken, then a
+// lingering close.
+func (l *loop) fail(cn *conn, code codec.CloseCode, reason string) {
+	switch cn.state {
+	case stateClosed, stateClosing:
+		return
+	case stateOpen:
+		// What the loop had to say stands before the close.
+		replies := l.replies
+		l.replies = l.replies[:0]
+		cn.endOpen(code, reason, appendClose(replies, code, reason))
+	default:
+		cn.respond(internalResponse)
+	}
+}
+
+// endOpen ends an open connection: its session, then the last bytes, then a lingering close.
+func (cn *conn) endOpen(code codec.CloseCode, reason string, last []byte) {
+	cn.l.endSession(cn, code, reason)
+	cn.asm = nil
+	cn.state = stateClosing
+	cn.write(last)
+	cn.startLinger()
+}
+
+// respond writes a last HTTP response and closes.
+func (cn *conn) respond(response string) {
+	if cn.state == stateClosed || cn.state == stateClosing {
+		return
+	}
+	if cn.bridge != nil {
+		cn.bridge.hangUp()
+		cn.bridge = nil
+	}
+	cn.state = stateClosing
+	cn.write([]byte(response))
+	cn.startLinger()
+}
+
+// startLinger half-closes once all is written, and waits for the peer to do the same.
+func (cn *conn) startLinger() {
+	if cn.state == stateClosed {
+		return
+	}
+	cn.linger = &linger{until: cn.l.now + lingerMS}
+	cn.l.lingering = append(cn.l.lingering, cn)
+	cn.halfClose()
+	cn.drain()
+}
+
+func (cn *conn) halfClose() {
+	if cn.half || cn.c.OutboundBuffered() > 0 {
+		return
+	}
+	cn.half = true
+	if err := unix.Shutdown(cn.c.Fd(), unix.SHUT_WR); err != nil {
+		cn.cut() // the peer has gone
+	}
+}
+
+// drain drops input, up to a bound.
+func (cn *conn) drain() {
+	if cn.state == stateClosed || cn.linger == nil {
+		return
+	}
+	n, err := cn.c.Discard(-1)
+	if err != nil {
+		n = 0
+	}
+	if cn.linger.dropped += n; cn.linger.dropped > lingerBytes {
+		cn.cut()
+	}
+}
+
+// cut closes the socket at once.
+func (cn *conn) cut() {
+	if cn.state == stateClosed {
+		return
+	}
+	if el := cn.l.el.Load(); el != nil {
+		_ = (*el).Close(cn.c) // it tells us by OnClose; what it says of the descriptor helps nobody
+	}
+}
+
+func (l *loop) tickLingering() {
+	if len(l.lingering) == 0 {
+		return
+	}
+	// cut changes nothing in the list, which is swapped for safety all the same.
+	list := l.lingering
+	l.lingering = nil
+	kept := list[:0]
+	for _, cn := range list {
+		if cn.state == stateClosed {
+			continue
+		}
+		cn.halfClose()
+		if cn.state != stateClosed && l.now >= cn.linger.until {
+			cn.cut()
+		}
+		if cn.state != stateClosed {
+			kept = append(kept, cn)
+		}
+	}
+	clear(list[len(kept):])
+	l.lingering = append(kept, l.lingering...)
+}

@@ -1,0 +1,405 @@
+package transport
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/panjf2000/gnet/v2"
+)
+
+// Bounds of connections handed to net/http.
+const (
+	bridgeInput   = 256 << 10 // bytes read from the socket and not by net/http; beyond it: closed
+	bridgeOutput  = 1 << 20   // bytes that a slow reader may leave unread
+	acceptQueue   = 1024      // connections handed over and not taken yet; beyond it: 503
+	httpIdle      = 60 * time.Second
+	httpRead      = 15 * time.Second
+	httpWrite     = 30 * time.Second
+	httpHeadBytes = 16 << 10
+)
+
+// httpFront serves the connections that are no WebSockets by net/http.
+type httpFront struct {
+	s       *Server
+	server  *http.Server
+	accepts chan net.Conn
+	closed  chan struct{}
+	once    sync.Once
+}
+
+func newHTTPFront(s *Server) *httpFront {
+	f := &httpFront{s: s, accepts: make(chan net.Conn, acceptQueue), closed: make(chan struct{})}
+	f.server = &http.Server{
+		Handler:           f,
+		ReadHeaderTimeout: s.opts.HandshakeTimeout,
+		ReadTimeout:       httpRead,
+		WriteTimeout:      httpWrite,
+		IdleTimeout:       httpIdle,
+		MaxHeaderBytes:    httpHeadBytes,
+		ErrorLog:          log.New(httpLog{s}, "", 0),
+	}
+	return f
+}
+
+// httpLog carries net/http's complaints, mostly about clients, to our log.
+type httpLog struct{ s *Server }
+
+// Write implements io.Writer.
+func (h httpLog) Write(p []byte) (int, error) {
+	h.s.log.Debug().Str("detail", string(bytes.TrimSpace(p))).Msg("http")
+	return len(p), nil
+}
+
+func (f *httpFront) serve() {
+	if err := f.server.Serve(f); err != nil && !errors.Is(err, http.ErrServerClosed) {
+		f.s.opts.Logger.Error().Err(err).Msg("the HTTP server ended")
+	}
+}
+
+// stop lets the requests under way end, until ctx does.
+func (f *httpFront) stop(ctx context.Context) {
+	if err := f.server.Shutdown(ctx); err != nil {
+		_ = f.server.Close() // what is left is cut with its connections
+	}
+}
+
+// Accept implements net.Listener.
+func (f *httpFront) Accept() (net.Conn, error) {
+	select {
+	case c := <-f.accepts:
+		return c, nil
+	case <-f.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close implements net.Listener.
+func (f *httpFront) Close() error {
+	f.once.Do(func() { close(f.closed) })
+	return nil
+}
+
+// Addr implements net.Listener.
+func (f *httpFront) Addr() net.Addr { return f.s.addr }
+
+// ServeHTTP implements http.Handler: an upgrade of /ws goes back to the event loop.
+func (f *httpFront) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path == wsPath && r.Method == http.MethodGet && strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
+		f.handBack(w, r)
+		return
+	}
+	f.s.opts.API.ServeHTTP(w, r)
+}
+
+// handBack returns a connection to its loop with the upgrade's head and what was read behind it.
+func (f *httpFront) handBack(w http.ResponseWriter, r *http.Request) {
+	hijacker, ok := w.(http.Hijacker)
+	if !ok {
+		http.Error(w, "this connection cannot be upgraded", http.StatusInternalServerError)
+		return
+	}
+	conn, rw, err := hijacker.Hijack()
+	if err != nil {
+		f.s.log.Warn().Err(err).Msg("connection not taken back from HTTP")
+		return
+	}
+	b, ok := conn.(*bridge)
+	if !ok {
+		_ = conn.Close()
+		return
+	}
+	rest, err := buffered(rw.Reader)
+	if err != nil {
+		_ = conn.Close()
+		return
+	}
+	head := requestHead(r)
+	cn := b.cn
+	if !cn.l.execute(func() { cn.takeBack(b, head, rest) }) {
+		_ = conn.Close()
+	}
+}
+
+func buffered(r *bufio.Reader) ([]byte, error) {
+	b, err := r.Peek(r.Buffered())
+	return append([]byte(nil), b...), err
+}
+
+// requestHead writes a parsed request as it may have stood on the wire, for the one upgrade path.
+func requestHead(r *http.Request) []byte {
+	var b bytes.Buffer
+	b.WriteString(r.Method + " " + r.RequestURI + " " + r.Proto + "\r\nHost: " + r.Host + "\r\n")
+	_ = r.Header.Write(&b) // a bytes.Buffer takes everything
+	b.WriteString("\r\n")
+	return b.Bytes()
+}
+
+// handOver gives a connection and its unread bytes to net/http; on the loop.
+func (cn *conn) handOver() {
+	l := cn.l
+	if l.s.http == nil {
+		cn.respond(badRequestResponse)
+		return
+	}
+	b := &bridge{cn: cn, local: cn.c.LocalAddr(), remote: cn.c.RemoteAddr(), wake: make(chan struct{}, 1),
+		gone: make(chan struct{}), readBy: newBridgeDeadline(), writeBy: newBridgeDeadline()}
+	select {
+	case l.s.http.accepts <- b:
+	default:
+		l.s.metrics.handshake.shed.Inc()
+		cn.respond(shedResponse)
+		return
+	}
+	l.s.metrics.handovers.Inc()
+	cn.bridge = b
+	cn.state = stateBridged
+	cn.feedBridge()
+}
+
+// feedBridge passes input on to net/http; on the loop.
+func (cn *conn) feedBridge() {
+	b, err := cn.c.Peek(-1)
+	if err != nil || len(b) == 0 {
+		return
+	}
+	ok := cn.bridge.feed(b)
+	if _, err := cn.c.Discard(-1); err != nil || !ok {
+		cn.bridge.hangUp()
+		cn.cut()
+	}
+}
+
+// takeBack makes the connection the loop's again, with an upgrade's head; on the loop.
+func (cn *conn) takeBack(b *bridge, head, rest []byte) {
+	if cn.state != stateBridged || cn.bridge != b {
+		return
+	}
+	rest = append(rest, b.take()...)
+	b.hangUp()
+	cn.bridge = nil
+	cn.state = stateHead
+	if len(rest) > 0 {
+		cn.assemble().rest = rest
+	}
+	var h upgradeHead
+	h.read(head)
+	cn.upgrade(head, &h, 0)
+}
+
+// bridge is the net.Conn by which net/http reads and writes a connection that its loop owns. The
+// loop calls feed, take and hangUp; net/http calls the rest.
+type bridge struct {
+	cn            *conn
+	local, remote net.Addr
+	wake          chan struct{} // capacity 1: input has come
+	gone          chan struct{} // closed by hangUp
+	readBy        *bridgeDeadline
+	writeBy       *bridgeDeadline
+
+	mu    sync.Mutex
+	in    []byte
+	ended bool
+}
+
+func (b *bridge) feed(p []byte) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ended || len(b.in)+len(p) > bridgeInput {
+		return false
+	}
+	b.in = append(b.in, p...)
+	select {
+	case b.wake <- struct{}{}:
+	default:
+	}
+	return true
+}
+
+// take returns the input that nobody has read.
+func (b *bridge) take() []byte {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	in := b.in
+	b.in = nil
+	return in
+}
+
+// hangUp ends the bridge: what was fed can still be read, writes fail.
+func (b *bridge) hangUp() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.ended {
+		b.ended = true
+		close(b.gone)
+	}
+}
+
+// Read implements net.Conn.
+func (b *bridge) Read(p []byte) (int, error) {
+	for {
+		expired := b.readBy.expired()
+		select {
+		case <-expired:
+			return 0, os.ErrDeadlineExceeded
+		default:
+		}
+		b.mu.Lock()
+		n := copy(p, b.in)
+		if b.in = b.in[n:]; len(b.in) == 0 {
+			b.in = nil
+		}
+		ended := b.ended
+		b.mu.Unlock()
+		switch {
+		case n > 0 || len(p) == 0:
+			return n, nil
+		case ended:
+			return 0, io.EOF
+		}
+		select {
+		case <-b.wake:
+		case <-b.gone:
+		case <-expired:
+			return 0, os.ErrDeadlineExceeded
+		}
+	}
+}
+
+// Write implements net.Conn. It returns when the loop has passed the bytes to the kernel or to the
+// connection's buffer, whose size is bounded.
+func (b *bridge) Write(p []byte) (int, error) {
+	expired := b.writeBy.expired()
+	select {
+	case <-b.gone:
+		return 0, net.ErrClosed
+	case <-expired:
+		return 0, os.ErrDeadlineExceeded
+	default:
+	}
+	cn := b.cn
+	written := make(chan error, 1)
+	own := append([]byte(nil), p...) // the loop may still hold it when the deadline has passed
+	if !cn.l.execute(func() { written <- cn.writeBridged(b, own) }) {
+		return 0, net.ErrClosed
+	}
+	select {
+	case err := <-written:
+		if err != nil {
+			return 0, err
+		}
+		return len(p), nil
+	case <-b.gone:
+		return 0, net.ErrClosed
+	case <-expired:
+		return 0, os.ErrDeadlineExceeded
+	}
+}
+
+func (cn *conn) writeBridged(b *bridge, p []byte) error {
+	if cn.bridge != b || cn.state != stateBridged {
+		return net.ErrClosed
+	}
+	cn.write(p)
+	if cn.state == stateBridged && cn.c.OutboundBuffered() > bridgeOutput {
+		b.hangUp()
+		cn.cut()
+	}
+	if cn.state != stateBridged {
+		return net.ErrClosed
+	}
+	return nil
+}
+
+// Close implements net.Conn: what was written still reaches the peer.
+func (b *bridge) Close() error {
+	b.hangUp()
+	cn := b.cn
+	cn.l.execute(func() {
+		if cn.bridge == b && cn.state == stateBridged {
+			cn.bridge = nil
+			cn.state = stateClosing
+			cn.startLinger()
+		}
+	})
+	return nil
+}
+
+// LocalAddr implements net.Conn.
+func (b *bridge) LocalAddr() net.Addr { return b.local }
+
+// RemoteAddr implements net.Conn.
+func (b *bridge) RemoteAddr() net.Addr { return b.remote }
+
+// SetDeadline implements net.Conn.
+func (b *bridge) SetDeadline(t time.Time) error {
+	b.readBy.set(t)
+	b.writeBy.set(t)
+	return nil
+}
+
+// SetReadDeadline implements net.Conn.
+func (b *bridge) SetReadDeadline(t time.Time) error {
+	b.readBy.set(t)
+	return nil
+}
+
+// SetWriteDeadline implements net.Conn.
+func (b *bridge) SetWriteDeadline(t time.Time) error {
+	b.writeBy.set(t)
+	return nil
+}
+
+// bridgeDeadline is a deadline that may be moved while somebody waits for it.
+type bridgeDeadline struct {
+	mu    sync.Mutex
+	timer *time.Timer
+	over  chan struct{} // closed when the deadline has passed
+}
+
+func newBridgeDeadline() *bridgeDeadline { return &bridgeDeadline{over: make(chan struct{})} }
+
+func (d *bridgeDeadline) expired() <-chan struct{} {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.over
+}
+
+func (d *bridgeDeadline) set(t time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.timer != nil && !d.timer.Stop() {
+		<-d.over // the timer's function is about to close it
+	}
+	d.timer = nil
+	select {
+	case <-d.over:
+		d.over = make(chan struct{})
+	default:
+	}
+	if t.IsZero() {
+		return
+	}
+	over := d.over
+	if left := time.Until(t); left > 0 {
+		d.timer = time.AfterFunc(left, func() { close(over) })
+		return
+	}
+	close(over)
+}
+
+var (
+	_ net.Conn          = (*bridge)(nil)
+	_ net.Listener      = (*httpFront)(nil)
+	_ gnet.Runnable     = (*egressTask)(nil)
+	_ gnet.EventHandler = (*Server)(nil)
+)

@@ -1,0 +1,349 @@
+package transport
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"strconv"
+	"strings"
+
+	"github.com/gobwas/ws"
+
+	"im-gateway/codec"
+)
+
+// What is offered and selected as a WebSocket subprotocol.
+const (
+	protocolJSON = "im.json.v1"
+	bearerPrefix = "bearer."
+	wsPath       = "/ws"
+)
+
+var (
+	headEnd  = []byte("\r\n\r\n")
+	wsPrefix = []byte("GET " + wsPath)
+	anyGet   = []byte("GET ")
+)
+
+// upgradeHead is what the gateway itself reads of an upgrade's head. Its slices point into the head.
+type upgradeHead struct {
+	upgrade   bool // Upgrade: websocket
+	origin    []byte
+	token     []byte
+	offered   int  // subprotocols
+	bearers   int  // of them bearer.*
+	authClose bool // ?auth=close
+}
+
+// readHead looks at a connection's first request.
+func (cn *conn) readHead() {
+	l := cn.l
+	b, err := cn.c.Peek(-1)
+	if err != nil {
+		return
+	}
+	prefix := wsPrefix
+	if l.s.opts.Echo {
+		prefix = anyGet
+	}
+	if n := min(len(b), len(prefix)); !bytes.Equal(b[:n], prefix[:n]) {
+		cn.handOver()
+		return
+	}
+	if !l.s.opts.Echo {
+		if len(b) <= len(prefix) {
+			return
+		}
+		if c := b[len(prefix)]; c != ' ' && c != '?' {
+			cn.handOver()
+			return
+		}
+	}
+	end := bytes.Index(b[:min(len(b), l.s.opts.HeadBytes)], headEnd)
+	if end < 0 {
+		if len(b) >= l.s.opts.HeadBytes {
+			l.s.metrics.handshake.tooLarge.Inc()
+			cn.respond(tooLargeResponse)
+		}
+		return
+	}
+	head := b[:end+len(headEnd)]
+	var h upgradeHead
+	h.read(head)
+	if !h.upgrade && !l.s.opts.Echo {
+		cn.handOver()
+		return
+	}
+	cn.upgrade(head, &h, len(head))
+}
+
+// read scans the head's lines; what is malformed is left for the upgrader to refuse.
+func (h *upgradeHead) read(head []byte) {
+	line, rest, _ := bytes.Cut(head, []byte("\r\n"))
+	if _, target, ok := bytes.Cut(line, []byte(" ")); ok {
+		target, _, _ = bytes.Cut(target, []byte(" "))
+		_, query, _ := bytes.Cut(target, []byte("?"))
+		h.readQuery(query)
+	}
+	var fromHeader, fromProtocol []byte
+	for len(rest) > 0 {
+		line, rest, _ = bytes.Cut(rest, []byte("\r\n"))
+		key, value, ok := bytes.Cut(line, []byte(":"))
+		if !ok {
+			continue
+		}
+		value = bytes.TrimSpace(value)
+		switch {
+		case equalFold(key, "upgrade"):
+			h.upgrade = h.upgrade || equalFold(value, "websocket")
+		case equalFold(key, "origin"):
+			h.origin = value
+		case equalFold(key, "authorization"):
+			fromHeader = bearerToken(value)
+		case equalFold(key, "sec-websocket-protocol"):
+			if t := h.readProtocols(value); t != nil {
+				fromProtocol = t
+			}
+		}
+	}
+	switch {
+	case fromHeader != nil:
+		h.token = fromHeader
+	case fromProtocol != nil:
+		h.token = fromProtocol
+	}
+}
+
+func equalFold(b []byte, s string) bool { return len(b) == len(s) && bytes.EqualFold(b, []byte(s)) }
+
+func (h *upgradeHead) readQuery(query []byte) {
+	for len(query) > 0 {
+		var pair []byte
+		pair, query, _ = bytes.Cut(query, []byte("&"))
+		key, value, _ := bytes.Cut(pair, []byte("="))
+		switch string(key) {
+		case "token":
+			h.token = value // a JWT needs no percent encoding
+		case "auth":
+			h.authClose = string(value) == "close"
+		}
+	}
+}
+
+func (h *upgradeHead) readProtocols(list []byte) (token []byte) {
+	for len(list) > 0 {
+		var p []byte
+		p, list, _ = bytes.Cut(list, []byte(","))
+		p = bytes.TrimSpace(p)
+		if len(p) == 0 {
+			continue
+		}
+		h.offered++
+		if bytes.HasPrefix(p, []byte(bearerPrefix)) {
+			h.bearers++
+			token = p[len(bearerPrefix):]
+		}
+	}
+	return token
+}
+
+// bearerToken returns the token of an Authorization header, or nil.
+func bearerToken(value []byte) []byte {
+	scheme, token, ok := bytes.Cut(value, []byte(" "))
+	if !ok || !equalFold(scheme, "bearer") {
+		return nil
+	}
+	return bytes.TrimSpace(token)
+}
+
+// upgrade decides about an upgrade request; inBuffer is how many bytes of it lie in gnet's buffer.
+func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
+	l := cn.l
+	if l.s.opts.Echo {
+		cn.finishUpgrade(head, inBuffer, false, Identity{}, nil)
+		return
+	}
+	switch {
+	case l.s.draining.Load():
+		l.s.metrics.handshake.shed.Inc()
+		cn.respond(shedResponse)
+		return
+	case !l.s.origin.allows(h.origin):
+		l.s.metrics.handshake.origin.Inc()
+		cn.respond(originResponse)
+		return
+	case h.offered > 0 && h.offered == h.bearers:
+		l.s.metrics.handshake.malformed.Inc()
+		cn.respond(onlyBearerResponse)
+		return
+	}
+	if l.s.verify == nil {
+		who, err := l.s.opts.Verifier.Verify(h.token)
+		cn.finishUpgrade(head, inBuffer, h.authClose, who, err)
+		return
+	}
+	head = append([]byte(nil), head...)
+	token := append([]byte(nil), h.token...)
+	authClose := h.authClose
+	check := func() {
+		who, err := l.s.opts.Verifier.Verify(token)
+		l.execute(func() {
+			if cn.state == stateVerifying {
+				l.guard(cn, func() { cn.finishUpgrade(head, inBuffer, authClose, who, err) })
+			}
+		})
+	}
+	select {
+	case l.s.verify <- check:
+		cn.state = stateVerifying
+	default:
+		l.s.metrics.handshake.shed.Inc()
+		cn.respond(shedResponse)
+	}
+}
+
+// finishUpgrade answers the upgrade once the token's fate is known, and goes on with the frames that
+// follow it.
+func (cn *conn) finishUpgrade(head []byte, inBuffer int, authClose bool, who Identity, err error) {
+	l := cn.l
+	if err != nil && !authClose {
+		l.s.metrics.handshake.refused.Inc()
+		cn.respond(unauthorized(err))
+		return
+	}
+	l.hs.reset(head)
+	_, upErr := upgrader.Upgrade(&l.hs)
+	if inBuffer > 0 {
+		if _, derr := cn.c.Discard(inBuffer); derr != nil {
+			upErr = derr
+		}
+	}
+	if upErr != nil {
+		l.s.metrics.handshake.malformed.Inc()
+		answer := l.hs.out
+		if len(answer) == 0 {
+			answer = []byte(badRequestResponse)
+		}
+		cn.respond(string(answer))
+		return
+	}
+	var rest []byte
+	if cn.asm != nil { // net/http had read further than the head
+		rest, cn.asm.rest = cn.asm.rest, nil
+		cn.freeAssembly()
+	}
+	cn.state = stateOpen
+	if err != nil {
+		l.s.metrics.handshake.refused.Inc()
+		cn.endOpen(codec.CloseTokenRefused, reasonAuth,
+			appendClose(l.hs.out, codec.CloseTokenRefused, reasonAuth))
+		return
+	}
+	l.s.metrics.handshake.ok.Inc()
+	cn.write(l.hs.out)
+	if cn.state != stateOpen {
+		return
+	}
+	if !l.s.opts.Echo {
+		cn.expires = who.ExpiresAt
+		l.startSession(cn, who)
+	}
+	if len(rest) > 0 {
+		cn.feedOwned(rest)
+	}
+	if cn.state == stateOpen && inBuffer > 0 {
+		cn.readFrames()
+	}
+}
+
+// upgrader checks the handshake (RFC 6455, section 4.2) and writes the answer. It holds no state of
+// a connection.
+var upgrader = ws.Upgrader{Protocol: func(p []byte) bool { return string(p) == protocolJSON }}
+
+// handshakeIO feeds the upgrader exactly the head and takes its answer. One per loop.
+type handshakeIO struct {
+	in  []byte
+	out []byte
+}
+
+func (h *handshakeIO) reset(head []byte) { h.in, h.out = head, h.out[:0] }
+
+// Read implements io.Reader.
+func (h *handshakeIO) Read(p []byte) (int, error) {
+	if len(h.in) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(p, h.in)
+	h.in = h.in[n:]
+	return n, nil
+}
+
+// Write implements io.Writer.
+func (h *handshakeIO) Write(p []byte) (int, error) {
+	h.out = append(h.out, p...)
+	return len(p), nil
+}
+
+// originCheck is the allow-list of browsers' origins.
+type originCheck struct {
+	all  bool
+	list []string
+}
+
+func newOriginCheck(list []string) originCheck {
+	o := originCheck{all: len(list) == 0, list: list}
+	for _, s := range list {
+		o.all = o.all || s == "*"
+	}
+	return o
+}
+
+// allows tells whether a page of this origin may connect; clients that are no browsers send none.
+func (o *originCheck) allows(origin []byte) bool {
+	if o.all || len(origin) == 0 {
+		return true
+	}
+	for _, s := range o.list {
+		if strings.EqualFold(s, string(origin)) {
+			return true
+		}
+	}
+	return false
+}
+
+// The fixed answers.
+var (
+	shedResponse = response("503 Service Unavailable", "Retry-After: "+retryAfterShed+"\r\n",
+		string(codec.Overloaded), "the gateway takes no more connections at the moment")
+	timeoutResponse    = response("408 Request Timeout", "", "TIMEOUT", "the request's head did not come in time")
+	tooLargeResponse   = response("431 Request Header Fields Too Large", "", string(codec.MessageTooLarge), "the request's head is too large")
+	originResponse     = response("403 Forbidden", "", string(codec.AuthFailed), "pages of this origin may not connect")
+	onlyBearerResponse = response("400 Bad Request", "", string(codec.InvalidMessage),
+		"offer the subprotocol "+protocolJSON+" beside bearer.<token>: a browser fails the handshake when none is selected")
+	badRequestResponse = response("400 Bad Request", "", string(codec.InvalidMessage), "the upgrade request is malformed")
+	internalResponse   = response("500 Internal Server Error", "", "INTERNAL", "internal error")
+	expiredResponse    = response("401 Unauthorized", "WWW-Authenticate: Bearer error=\"invalid_token\"\r\n",
+		string(codec.TokenExpired), ErrTokenExpired.Error())
+	refusedResponse = response("401 Unauthorized", "WWW-Authenticate: Bearer error=\"invalid_token\"\r\n",
+		string(codec.AuthFailed), ErrTokenRefused.Error())
+	missingResponse = response("401 Unauthorized", "WWW-Authenticate: Bearer\r\n",
+		string(codec.AuthFailed), ErrTokenMissing.Error())
+)
+
+func unauthorized(err error) string {
+	switch {
+	case errors.Is(err, ErrTokenExpired):
+		return expiredResponse
+	case errors.Is(err, ErrTokenMissing):
+		return missingResponse
+	default:
+		return refusedResponse
+	}
+}
+
+func response(status, headers, code, message string) string {
+	body := codec.AppendQuoted([]byte(`{"success":false,"code":"`+code+`","message":`), message)
+	body = append(body, '}')
+	return "HTTP/1.1 " + status + "\r\nContent-Type: application/json\r\n" + headers +
+		"Connection: close\r\nContent-Length: " + strconv.Itoa(len(body)) + "\r\n\r\n" + string(body)
+}

@@ -1,0 +1,268 @@
+package transport
+
+import (
+	"context"
+	"runtime/debug"
+	"sync/atomic"
+	"time"
+
+	"github.com/panjf2000/gnet/v2"
+
+	"im-gateway/codec"
+)
+
+// stalledEvents is how many events may wait for a shard whose queue is full before client messages
+// are refused. Opens, closes and the like are always kept: there are a few per connection at most.
+const stalledEvents = 1024
+
+// loop is one event loop's own state. All of it but the atomics belongs to the loop's goroutine.
+type loop struct {
+	s     *Server
+	index int
+	el    atomic.Pointer[gnet.EventLoop]
+
+	ticking  atomic.Bool // a tick is on its way
+	flushing atomic.Bool // a flush asked for by a shard is on its way
+
+	builder  *codec.Builder
+	shards   []shardLink
+	flushDue bool  // a flush of this loop's own is on its way
+	now      int64 // Unix ms, at the start of the current piece of work
+
+	scratch []byte // frames on their way to one connection
+	replies []byte // the loop's own frames for the connection being read
+	next    []int32
+	touched []*conn
+	hs      handshakeIO
+
+	heads     []deadline // connections that have not finished their head, oldest first
+	lingering []*conn
+	backlog   []*conn
+}
+
+// shardLink is what a loop keeps for one shard.
+type shardLink struct {
+	pending *codec.IngressBatch
+	stalled bool
+	slots   []slot
+	free    []uint32
+	egress  egressTask
+}
+
+// slot is one place of the session table shared with a shard.
+type slot struct {
+	conn       *conn
+	generation uint32
+}
+
+type deadline struct {
+	cn *conn
+	at int64
+}
+
+func newLoop(s *Server, index int) *loop {
+	l := &loop{s: s, index: index}
+	if s.opts.Echo {
+		return l
+	}
+	l.builder = codec.NewBuilder(s.opts.GatewayID, s.opts.Nonce)
+	l.shards = make([]shardLink, s.opts.Sink.N())
+	for i := range l.shards {
+		l.shards[i].egress.l = l
+	}
+	return l
+}
+
+// execute runs f on the loop; false: the engine has ended, or the loop has had no connection yet.
+func (l *loop) execute(f func()) bool {
+	el := l.el.Load()
+	if el == nil {
+		return false
+	}
+	return (*el).Execute(context.Background(), gnet.RunnableFunc(func(context.Context) error {
+		l.now = time.Now().UnixMilli()
+		l.guard(nil, f)
+		return nil
+	})) == nil
+}
+
+// guard keeps a panic to the connection at fault.
+func (l *loop) guard(cn *conn, f func()) {
+	defer func() {
+		p := recover()
+		if p == nil {
+			return
+		}
+		l.s.metrics.panics.Inc()
+		l.s.opts.Logger.Error().Any("panic", p).Bytes("stack", debug.Stack()).
+			Msg("panic in an event loop; the connection at fault is closed")
+		if cn != nil {
+			l.fail(cn, codec.CloseInternal, reasonInternal)
+		}
+	}()
+	f()
+}
+
+// open takes a new connection in.
+func (l *loop) open(c gnet.Conn) {
+	l.now = time.Now().UnixMilli()
+	cn := &conn{c: c, l: l, state: stateHead, lastRead: l.now, head: -1}
+	c.SetContext(cn)
+	l.heads = append(l.heads, deadline{cn, l.now + l.s.opts.HandshakeTimeout.Milliseconds()})
+}
+
+// traffic handles what a connection has sent.
+func (l *loop) traffic(cn *conn) {
+	l.now = time.Now().UnixMilli()
+	cn.lastRead = l.now
+	l.guard(cn, func() { cn.read() })
+}
+
+// closed is told by gnet that the socket is about to be closed.
+func (l *loop) closed(cn *conn) {
+	if cn.state == stateClosed {
+		return
+	}
+	l.now = time.Now().UnixMilli()
+	l.endSession(cn, codec.CloseAbnormal, reasonLost)
+	if cn.bridge != nil {
+		cn.bridge.hangUp()
+	}
+	cn.drop()
+	cn.state = stateClosed
+}
+
+// lookup returns the connection of a session, or nil when it has ended.
+func (l *loop) lookup(id codec.SessionID) *conn {
+	slots := l.shards[id.Shard()].slots
+	if int(id.Index()) >= len(slots) {
+		return nil
+	}
+	s := &slots[id.Index()]
+	if s.conn == nil || s.generation != id.Generation() {
+		return nil
+	}
+	return s.conn
+}
+
+// startSession names a session for an authenticated connection and tells its shard.
+func (l *loop) startSession(cn *conn, who Identity) {
+	n := codec.ShardOf(who.User, len(l.shards))
+	link := &l.shards[n]
+	var index uint32
+	if k := len(link.free); k > 0 {
+		index = link.free[k-1]
+		link.free = link.free[:k-1]
+	} else {
+		index = uint32(len(link.slots))
+		link.slots = append(link.slots, slot{})
+	}
+	sl := &link.slots[index]
+	sl.generation = sl.generation%codec.MaxGeneration + 1
+	sl.conn = cn
+	cn.user = who.User
+	cn.id = codec.MakeSessionID(n, l.index, index, sl.generation)
+	l.emit(codec.Event{Kind: codec.EventOpen, Session: cn.id, Open: &codec.Open{
+		User: who.User, ExpiresAt: who.ExpiresAt, ConnectedAt: l.now,
+	}})
+	l.s.metrics.sessions.Inc()
+}
+
+// endSession ends the connection's session, once: what the kernel took is reported before.
+func (l *loop) endSession(cn *conn, code codec.CloseCode, reason string) {
+	if cn.id == 0 {
+		return
+	}
+	l.reportFlushed(cn)
+	l.emit(codec.Event{Kind: codec.EventClose, Session: cn.id, Code: code, Reason: reason})
+	link := &l.shards[cn.id.Shard()]
+	link.slots[cn.id.Index()].conn = nil
+	link.free = append(link.free, cn.id.Index())
+	cn.id = 0
+	l.s.metrics.sessions.Dec()
+	l.s.metrics.close(code)
+}
+
+// emit puts an event into its shard's batch.
+func (l *loop) emit(e codec.Event) {
+	link := &l.shards[e.Session.Shard()]
+	if link.pending == nil {
+		link.pending = codec.NewIngressBatch(l.index)
+	}
+	link.pending.Events = append(link.pending.Events, e)
+	if !l.flushDue && !link.stalled {
+		// One flush for all that this turn of the loop brings.
+		l.flushDue = true
+		if !l.execute(l.flush) {
+			l.flush()
+		}
+	}
+}
+
+// full tells whether a shard has so much waiting that messages are refused.
+func (l *loop) full(shard int) bool {
+	link := &l.shards[shard]
+	return link.stalled && link.pending != nil && len(link.pending.Events) >= stalledEvents
+}
+
+// flush offers every batch to its shard.
+func (l *loop) flush() {
+	l.flushDue = false
+	for i := range l.shards {
+		link := &l.shards[i]
+		if link.pending == nil {
+			continue
+		}
+		if l.s.opts.Sink.Offer(i, link.pending) {
+			link.pending, link.stalled = nil, false
+			continue
+		}
+		if !link.stalled {
+			link.stalled = true
+			l.s.metrics.stalls.Inc()
+		}
+	}
+}
+
+// requestFlush asks for a flush from another goroutine.
+func (l *loop) requestFlush() {
+	if l.flushing.CompareAndSwap(false, true) {
+		l.execute(func() {
+			l.flushing.Store(false)
+			l.flush()
+		})
+	}
+}
+
+func (l *loop) requestTick() {
+	if l.ticking.CompareAndSwap(false, true) {
+		if !l.execute(func() {
+			l.ticking.Store(false)
+			l.tick()
+		}) {
+			l.ticking.Store(false)
+		}
+	}
+}
+
+// tick looks after the few connections that need it: unfinished heads, lingering closes, backlogs.
+func (l *loop) tick() {
+	for len(l.heads) > 0 {
+		d := l.heads[0]
+		unfinished := d.cn.state == stateHead || d.cn.state == stateVerifying
+		if unfinished && d.at > l.now {
+			break
+		}
+		l.heads[0] = deadline{}
+		l.heads = l.heads[1:]
+		if unfinished {
+			l.s.metrics.handshake.timeout.Inc()
+			d.cn.respond(timeoutResponse)
+		}
+	}
+	if len(l.heads) == 0 {
+		l.heads = nil
+	}
+	l.tickLingering()
+	l.tickBacklog()
+}

@@ -1,0 +1,134 @@
+package transport
+
+import (
+	"errors"
+
+	"github.com/gobwas/ws"
+
+	"im-gateway/codec"
+)
+
+// The fixed names of why a connection ended: close reasons, log fields and events alike.
+const (
+	reasonPeer     = "closed by client"
+	reasonLost     = "connection lost"
+	reasonProtocol = "protocol error"
+	reasonUTF8     = "text is not valid UTF-8"
+	reasonTooBig   = "message too large"
+	reasonBinary   = "im.json.v1 takes text frames only"
+	reasonSlow     = "too much is waiting to be read"
+	reasonSilent   = "heartbeat missed"
+	reasonInternal = "internal error"
+	reasonAuth     = "token refused"
+)
+
+// message handles one whole message; payload is the loop's until this returns.
+func (cn *conn) message(op ws.OpCode, payload []byte) {
+	l := cn.l
+	l.s.metrics.messagesIn.Inc()
+	if l.s.opts.Echo {
+		l.replies = appendFrame(l.replies, op, payload)
+		if len(l.replies) > maxKeptScratch {
+			cn.flushReplies()
+		}
+		return
+	}
+	if op != ws.OpText {
+		l.fail(cn, codec.CloseUnsupported, reasonBinary)
+		return
+	}
+	var m codec.ClientMessage
+	if err := codec.ParseClient(payload, &m); err != nil {
+		var refusal *codec.ParseError
+		if errors.As(err, &refusal) {
+			cn.refuse(&m, refusal.Code, refusal.Message, 0)
+		}
+		return
+	}
+	switch string(m.Type) {
+	case codec.TypePing:
+		cn.reply(codec.AppendPong(l.scratch[:0], l.now))
+	case codec.TypeRefreshToken:
+		cn.refreshToken(m.Token)
+	case codec.TypeDeliveryAck:
+		l.s.metrics.ignored.Inc()
+	default:
+		shard := cn.id.Shard()
+		if l.full(shard) {
+			cn.refuse(&m, codec.Overloaded, "the gateway is overloaded; the message was not stored", overloadRetryMS)
+			return
+		}
+		l.emit(codec.Event{Kind: codec.EventMessage, Session: cn.id,
+			Upstream: l.builder.Build(&m, cn.user, cn.id, l.now)})
+	}
+}
+
+// overloadRetryMS is when a client whose message found its shard's queue full may try again.
+const overloadRetryMS = 500
+
+// reply queues a frame of the loop's own for the connection being read. payload may be scratch.
+func (cn *conn) reply(payload []byte) {
+	l := cn.l
+	l.scratch = payload[:0]
+	l.replies = appendFrame(l.replies, ws.OpText, payload)
+	if len(l.replies) > maxKeptScratch {
+		cn.flushReplies()
+	}
+}
+
+// refuse answers a message under its name, where that could be read.
+func (cn *conn) refuse(m *codec.ClientMessage, code codec.Code, text string, retryMS int32) {
+	l := cn.l
+	l.s.metrics.refuse(code)
+	if len(m.ClientMsgID) > 0 {
+		cn.reply(codec.AppendAckError(l.scratch[:0], m.ClientMsgID, m.Temp, code, retryMS, l.now))
+		return
+	}
+	cn.reply(codec.AppendError(l.scratch[:0], code, text, l.now))
+}
+
+// refreshToken checks a new token for the session, off the loop where that is slow.
+func (cn *conn) refreshToken(token []byte) {
+	l := cn.l
+	if l.s.verify == nil {
+		cn.refreshed(l.s.opts.Verifier.Verify(token))
+		return
+	}
+	if cn.checking {
+		cn.reply(codec.AppendError(l.scratch[:0], codec.RateLimited, "a token is being checked already", l.now))
+		return
+	}
+	token = append([]byte(nil), token...)
+	id := cn.id
+	check := func() {
+		who, err := l.s.opts.Verifier.Verify(token)
+		l.execute(func() {
+			cn.checking = false
+			if cn.state == stateOpen && cn.id == id {
+				cn.refreshed(who, err)
+				cn.flushReplies()
+			}
+		})
+	}
+	select {
+	case l.s.verify <- check:
+		cn.checking = true
+	default:
+		cn.reply(codec.AppendError(l.scratch[:0], codec.Overloaded, "too many tokens are being checked, try again later", l.now))
+	}
+}
+
+func (cn *conn) refreshed(who Identity, err error) {
+	l := cn.l
+	switch {
+	case err != nil:
+		cn.reply(codec.AppendError(l.scratch[:0], codec.AuthFailed, err.Error(), l.now))
+	case who.User != cn.user:
+		cn.reply(codec.AppendError(l.scratch[:0], codec.AuthFailed, "the token is another user's", l.now))
+	case who.ExpiresAt <= cn.expires:
+		cn.reply(codec.AppendError(l.scratch[:0], codec.AuthFailed, "the token does not expire later than the one before", l.now))
+	default:
+		cn.expires = who.ExpiresAt
+		l.emit(codec.Event{Kind: codec.EventRefresh, Session: cn.id, Value: who.ExpiresAt})
+	}
+}

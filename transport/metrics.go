@@ -1,0 +1,102 @@
+package transport
+
+import (
+	"fmt"
+	"strconv"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"im-gateway/codec"
+)
+
+// metrics are shared by the loops; their children are resolved once.
+type metrics struct {
+	sessions    prometheus.Gauge
+	bytesIn     prometheus.Counter
+	bytesOut    prometheus.Counter
+	messagesIn  prometheus.Counter
+	messagesOut prometheus.Counter
+	ignored     prometheus.Counter
+	panics      prometheus.Counter
+	handovers   prometheus.Counter
+	stalls      prometheus.Counter
+	refused     map[codec.Code]prometheus.Counter
+	closes      *prometheus.CounterVec
+	handshake   struct {
+		ok, refused, malformed, tooLarge, timeout, shed, origin prometheus.Counter
+	}
+}
+
+func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
+	var failed error
+	register := func(c prometheus.Collector) {
+		if err := reg.Register(c); err != nil && failed == nil {
+			failed = fmt.Errorf("register the transport's metrics: %w", err)
+		}
+	}
+	counter := func(name, help string) prometheus.Counter {
+		c := prometheus.NewCounter(prometheus.CounterOpts{Name: "im_gateway_transport_" + name, Help: help})
+		register(c)
+		return c
+	}
+	m := &metrics{
+		bytesIn:     counter("received_bytes_total", "Bytes received on WebSocket connections."),
+		bytesOut:    counter("sent_bytes_total", "Bytes written to clients, HTTP included."),
+		messagesIn:  counter("messages_received_total", "WebSocket messages received."),
+		messagesOut: counter("frames_sent_total", "Frames written for the shards."),
+		ignored:     counter("messages_ignored_total", "Messages of reserved types that have no effect."),
+		panics:      counter("panics_total", "Panics caught in an event loop."),
+		handovers:   counter("http_handovers_total", "Connections handed to the HTTP server."),
+		stalls:      counter("shard_stalls_total", "How often a shard's queue was found full."),
+		refused:     map[codec.Code]prometheus.Counter{},
+		sessions: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "im_gateway_transport_sessions", Help: "WebSocket sessions open on the event loops.",
+		}),
+		closes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "im_gateway_transport_closes_total", Help: "Sessions ended, by close code.",
+		}, []string{"code"}),
+	}
+	register(m.sessions)
+	register(m.closes)
+	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "im_gateway_transport_connections", Help: "Connections open, of every kind.",
+	}, func() float64 { return float64(s.connections.Load()) }))
+	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "im_gateway_transport_connections_bound", Help: "Connections beyond which new ones are refused.",
+	}, func() float64 { return float64(s.opts.MaxConnections) }))
+	refused := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "im_gateway_transport_refused_total", Help: "Client messages refused by the event loops, by code.",
+	}, []string{"code"})
+	register(refused)
+	for _, code := range []codec.Code{codec.InvalidMessage, codec.MessageTooLarge, codec.Overloaded} {
+		m.refused[code] = refused.WithLabelValues(string(code))
+	}
+	handshakes := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "im_gateway_transport_handshakes_total", Help: "WebSocket handshakes by result.",
+	}, []string{"result"})
+	register(handshakes)
+	h := &m.handshake
+	h.ok = handshakes.WithLabelValues("ok")
+	h.refused = handshakes.WithLabelValues("token_refused")
+	h.malformed = handshakes.WithLabelValues("malformed")
+	h.tooLarge = handshakes.WithLabelValues("too_large")
+	h.timeout = handshakes.WithLabelValues("timeout")
+	h.shed = handshakes.WithLabelValues("shed")
+	h.origin = handshakes.WithLabelValues("origin_refused")
+	return m, failed
+}
+
+func (m *metrics) refuse(code codec.Code) {
+	if c := m.refused[code]; c != nil {
+		c.Inc()
+	}
+}
+
+// close counts a session's end. Codes that a peer makes up share one label.
+func (m *metrics) close(code codec.CloseCode) {
+	label := "other"
+	if code < 1016 || code/10 == 400 || code/10 == 450 {
+		label = strconv.Itoa(int(code))
+	}
+	m.closes.WithLabelValues(label).Inc()
+}
