@@ -158,8 +158,8 @@ func (s *Servers) KafkaBrokers() []string { return s.brokers }
 // EtcdEndpoints returns the endpoints to give to an etcd client.
 func (s *Servers) EtcdEndpoints() []string { return []string{s.etcd.endpoint} }
 
-// RedisAddr returns Redis' address. Clients must not use client-side caching: rueidis needs
-// DisableCache.
+// RedisAddr returns Redis' address. Clients must not use client-side caching, and must not take it
+// for a cluster, for it answers CLUSTER commands: rueidis needs DisableCache and ForceSingleClient.
 func (s *Servers) RedisAddr() string { return s.redis.Addr() }
 
 // KafkaCluster gives tests hold of the broker itself, to inject faults.

@@ -61,7 +61,7 @@ func newWorld(t *testing.T) *world {
 	t.Cleanup(func() { _ = w.etcd.Close() })
 	w.service, err = New(Options{
 		Kafka:    []kgo.Opt{kgo.SeedBrokers(servers.KafkaBrokers()...)},
-		Redis:    rueidis.ClientOption{InitAddress: []string{servers.RedisAddr()}},
+		Redis:    rueidis.ClientOption{InitAddress: []string{servers.RedisAddr()}, ForceSingleClient: true},
 		Etcd:     clientv3.Config{Endpoints: servers.EtcdEndpoints()},
 		LeaseTTL: 2 * time.Second,
 		Secret:   secret,

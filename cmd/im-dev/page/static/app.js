@@ -14,7 +14,7 @@
 //                             group-id, group-join, group-close
 //   the open conversation     back, chat-title, chat-detail (of a group: its id), messages; each is
 //                             [data-testid=message] with data-id (message_id), data-client-id,
-//                             data-from, data-state (pending, acked, delivered, failed); inside:
+//                             data-from, data-state (pending, acked, delivered, failed; received); inside:
 //                             [data-testid=message-text], -state, -retry
 //                             message-input, send
 //   banner, banner-text, banner-action, notice
@@ -345,11 +345,14 @@ $("composer").addEventListener("submit", (e) => {
   $("message-input").value = "";
   $("messages").scrollTop = $("messages").scrollHeight;
 });
-$("message-input").addEventListener("keydown", (e) => {
-  if (e.key === "Enter" && !e.shiftKey && !e.isComposing) {
-    e.preventDefault();
-    $("composer").requestSubmit();
-  }
+// Enter sends, Shift+Enter begins a new line. beforeinput rather than keydown: the keyboards of
+// phones do not say which key it was.
+let shift = false;
+$("message-input").addEventListener("keydown", (e) => { shift = e.shiftKey; });
+$("message-input").addEventListener("beforeinput", (e) => {
+  if (e.inputType !== "insertLineBreak" || shift || e.isComposing) return;
+  e.preventDefault();
+  $("composer").requestSubmit();
 });
 
 // A reload goes on with the session of this tab.

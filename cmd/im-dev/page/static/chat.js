@@ -8,7 +8,8 @@ const SYNC_MS = 10_000; // no answer for so long: ask again
 const SEEN = 2_000; // message_ids of records remembered
 const KEPT = 1_000; // messages of a conversation
 
-// Message states: pending (in the outbox), acked (Kafka has it), delivered (to all others), failed.
+// States of own messages: pending (in the outbox), acked (Kafka has it), delivered (to all others),
+// failed; of other people's: received.
 export class Chat extends EventTarget {
   conversations = new Map(); // id -> {id, kind, name, members, messages, unread, touched}
 
@@ -185,7 +186,7 @@ export class Chat extends EventTarget {
     const own = data.from === this.#me;
     let m = c.messages.find((m) => m.id === data.message_id || (own && m.clientId && m.clientId === data.client_msg_id));
     if (!m) {
-      m = { clientId: own ? data.client_msg_id : "", from: data.from, deliveredTo: [], state: "acked", order: ++this.#order };
+      m = { clientId: own ? data.client_msg_id : "", from: data.from, deliveredTo: [], state: "", order: ++this.#order };
       c.messages.push(m);
       if (!own) c.unread++;
       c.touched = Math.max(c.touched, live ? Date.now() : data.sent_at);
@@ -207,7 +208,7 @@ export class Chat extends EventTarget {
     const c = this.#conversation("console");
     c.name = "Console";
     const content = typeof data === "object" && "content" in data ? data.content : data;
-    c.messages.push({ id, clientId: "", from: "console", fromName: "", content, seq: 0, sentAt: Date.now(), state: "acked", deliveredTo: [], order: ++this.#order });
+    c.messages.push({ id, clientId: "", from: "console", fromName: "", content, seq: 0, sentAt: Date.now(), state: "received", deliveredTo: [], order: ++this.#order });
     c.unread++;
     c.touched = Date.now();
     this.#changed(c.id);
@@ -224,6 +225,10 @@ export class Chat extends EventTarget {
 
   // #state is called for messages that im-logic knows of, so they are acked at least.
   #state(c, m) {
+    if (m.from !== this.#me) {
+      m.state = "received";
+      return;
+    }
     const others = c.kind === "dm" ? 1 : c.members.length - 1;
     m.state = m.deliveredTo.length >= Math.max(others, 1) ? "delivered" : "acked";
   }
