@@ -20,8 +20,8 @@ const (
 	rejoinBackoffMax = 5 * time.Second
 	// steadySession is how long a session must have lasted for the back-off to begin anew.
 	steadySession = 30 * time.Second
-	// leaveGrace is what the last commit gets when Run's context ends without a Stop.
-	leaveGrace = 3 * time.Second
+	// leaveGrace is what the last commit gets.
+	leaveGrace = time.Second
 	drainPoll  = 5 * time.Millisecond
 )
 
@@ -218,8 +218,8 @@ func (c *Consumer) logErrors(errs <-chan error) {
 }
 
 // Stop ends the consumer in order: it reads no further, waits until what is open has ended and is
-// stored where it belongs, commits and leaves. At the end of ctx it leaves with what is committed
-// then; the rest is read again by the next reader. It returns when Run has.
+// stored where it belongs, commits and leaves. At the end of ctx it leaves with what is open; the
+// next reader reads that again. It returns when Run has, at most about leaveGrace after ctx.
 func (c *Consumer) Stop(ctx context.Context) error {
 	c.stopOnce.Do(func() { close(c.draining) })
 	if !c.started.Load() {
@@ -231,12 +231,7 @@ func (c *Consumer) Stop(ctx context.Context) error {
 	default:
 		close(c.left)
 	}
-	select {
-	case <-c.done:
-	case <-ctx.Done():
-		c.link.cut()
-		<-c.done
-	}
+	<-c.done // Run cuts the link when the last commit takes longer than leaveGrace
 	if !settled {
 		return fmt.Errorf("kafka consumer: left with records open: %w", ctx.Err())
 	}

@@ -238,6 +238,7 @@ func (o *Options) producerConfig(l *link, metadataRetries, retries int) *sarama.
 		}
 		return l.wait(min(retryBackoffMin<<min(retries-1, 10), retryBackoffMax))
 	}
+	p.Transaction.Retry.Max = sideRetries // of asking for a producer id, at the start
 	p.Transaction.Retry.BackoffFunc = func(int, int) time.Duration { return l.wait(retryBackoffMax / 10) }
 	return c
 }

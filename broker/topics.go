@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/IBM/sarama"
@@ -202,15 +203,23 @@ func (a *Admin) judge(admin sarama.ClusterAdmin, topics []*sarama.TopicMetadata)
 	if err != nil {
 		a.log.Warn().Err(err).Msg("kafka: the topics' configuration could not be read")
 	}
-	var errs []error
+	var found []string // problems, in order of appearance
+	where := make(map[string][]string)
 	for _, m := range topics {
 		for _, problem := range a.problems(m, configs[m.Name]) {
-			if a.opts.Strict {
-				errs = append(errs, fmt.Errorf("kafka: topic %s: %s (kafka.strict)", m.Name, problem))
-				continue
+			if where[problem] == nil {
+				found = append(found, problem)
 			}
-			a.log.Warn().Str("topic", m.Name).Msg("kafka: " + problem)
+			where[problem] = append(where[problem], m.Name)
 		}
+	}
+	var errs []error
+	for _, problem := range found {
+		if a.opts.Strict {
+			errs = append(errs, fmt.Errorf("kafka: %s (kafka.strict): topics %s", problem, strings.Join(where[problem], ", ")))
+			continue
+		}
+		a.log.Warn().Strs("topics", where[problem]).Msg("kafka: " + problem)
 	}
 	return errors.Join(errs...)
 }
@@ -248,7 +257,7 @@ func (a *Admin) problems(m *sarama.TopicMetadata, config *sarama.ConfigResourceR
 		return problems
 	}
 	if config.ErrorCode != 0 {
-		return append(problems, fmt.Sprintf("its configuration could not be read, which needs DESCRIBE_CONFIGS on it: %s (%d)",
+		return append(problems, fmt.Sprintf("the configuration could not be read, which needs DESCRIBE_CONFIGS on the topic: %s (%d)",
 			config.ErrorMsg, config.ErrorCode))
 	}
 	for _, e := range config.Configs {
