@@ -348,3 +348,6 @@ func (g gnetLog) Warnf(f string, a ...any) {
 }
 func (g gnetLog) Errorf(f string, a ...any) { g.log.Error().Msgf("event loops: "+f, a...) }
 func (g gnetLog) Fatalf(f string, a ...any) { g.log.Error().Msgf("event loops: "+f, a...) }
+
+// Connections is the number of connections open, of every kind.
+func (s *Server) Connections() int64 { return s.connections.Load() }

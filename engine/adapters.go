@@ -1,0 +1,229 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"im-gateway/codec"
+	"im-gateway/registry"
+	"im-gateway/shard"
+	"im-gateway/transport"
+)
+
+// The adapters that join the parts: each implements an interface that one package declares by what
+// another offers.
+
+// lateEgress lets the shards be made before the transport, whose sink they are.
+type lateEgress struct{ server *transport.Server }
+
+var _ shard.Egress = (*lateEgress)(nil)
+
+// Submit implements shard.Egress.
+func (e *lateEgress) Submit(b *codec.EgressBatch) { e.server.Submit(b) }
+
+// Resume implements shard.Egress.
+func (e *lateEgress) Resume(loop, shard int) { e.server.Resume(loop, shard) }
+
+const (
+	// presenceBatches is how many batches of presence operations may wait per shard. When it is full
+	// the shard keeps the operations and offers them again.
+	presenceBatches = 16
+	// presenceRound is how many operations are gathered for one round with Redis.
+	presenceRound = 4096
+	// presenceTimeout bounds one round with Redis.
+	presenceTimeout = 3 * time.Second
+)
+
+// presenceBridge carries the shards' presence operations to Redis and the results back: one
+// goroutine per shard, so the operations of a user keep their order.
+type presenceBridge struct {
+	nonce   uint64
+	queues  []chan []shard.PresenceOp // never closed
+	store   *registry.Presence        // set before run
+	results func(shard int, r []shard.PresenceResult)
+}
+
+var _ shard.Presence = (*presenceBridge)(nil)
+
+func newPresenceBridge(shards int, nonce uint64) *presenceBridge {
+	b := &presenceBridge{nonce: nonce}
+	for range shards {
+		b.queues = append(b.queues, make(chan []shard.PresenceOp, presenceBatches))
+	}
+	return b
+}
+
+// Submit implements shard.Presence.
+func (b *presenceBridge) Submit(shard int, ops []shard.PresenceOp) bool {
+	select {
+	case b.queues[shard] <- ops:
+		return true
+	default:
+		return false
+	}
+}
+
+func (b *presenceBridge) run(ctx context.Context) error {
+	var workers sync.WaitGroup
+	for i := range b.queues {
+		workers.Go(func() { b.serve(ctx, i) })
+	}
+	workers.Wait()
+	return nil
+}
+
+func (b *presenceBridge) serve(ctx context.Context, n int) {
+	for {
+		select {
+		case ops := <-b.queues[n]:
+			for more := true; more && len(ops) < presenceRound; {
+				select {
+				case next := <-b.queues[n]:
+					ops = append(ops, next...)
+				default:
+					more = false
+				}
+			}
+			b.results(n, b.round(ctx, ops))
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// round does the claims, then the refreshes, then the releases. Operations of one user may be
+// reordered by that, but every order ends the same: a release names the session that it ends.
+func (b *presenceBridge) round(ctx context.Context, ops []shard.PresenceOp) []shard.PresenceResult {
+	ctx, cancel := context.WithTimeout(ctx, presenceTimeout)
+	defer cancel()
+	results := make([]shard.PresenceResult, len(ops))
+	for _, kind := range []shard.PresenceKind{shard.Claim, shard.Refresh, shard.Release} {
+		var entries []registry.Entry
+		var at []int
+		for i := range ops {
+			if ops[i].Kind == kind {
+				entries = append(entries, registry.Entry{
+					User: ops[i].User, Session: ops[i].Session.Name(b.nonce),
+					ConnectedAt: ops[i].ConnectedAt, Version: ops[i].Version,
+				})
+				at = append(at, i)
+				results[i] = shard.PresenceResult{Kind: kind, Session: ops[i].Session, Version: ops[i].Version}
+			}
+		}
+		if len(entries) > 0 {
+			b.do(ctx, kind, entries, at, results)
+		}
+	}
+	return results
+}
+
+func (b *presenceBridge) do(ctx context.Context, kind shard.PresenceKind, entries []registry.Entry,
+	at []int, results []shard.PresenceResult) {
+	switch kind {
+	case shard.Claim:
+		for i, c := range b.store.Claim(ctx, entries) {
+			r := &results[at[i]]
+			r.Version, r.PrevGateway, r.PrevSession, r.Err = c.Version, c.PrevGateway, c.PrevSession, c.Err
+		}
+	case shard.Refresh:
+		for i, c := range b.store.Refresh(ctx, entries) {
+			results[at[i]].Superseded, results[at[i]].Err = c.Superseded, c.Err
+		}
+	case shard.Release:
+		for i, err := range b.store.Release(ctx, entries) {
+			results[at[i]].Err = err
+		}
+	}
+}
+
+// publisher is the HTTP API's way upstream.
+type publisher struct {
+	shards *shard.Set
+
+	mu      sync.Mutex // of builder: the API is not the hot path
+	builder *codec.Builder
+}
+
+var _ Publisher = (*publisher)(nil)
+
+// Publish implements Publisher.
+func (p *publisher) Publish(ctx context.Context, user string, frame []byte) (Published, error) {
+	refuse := func(message string) (Published, error) {
+		return Published{Result: codec.UpstreamResult{Code: codec.InvalidMessage}, Message: message}, nil
+	}
+	if !utf8.Valid(frame) {
+		return refuse("the body is not valid UTF-8")
+	}
+	var m codec.ClientMessage
+	if err := codec.ParseClient(frame, &m); err != nil {
+		var bad *codec.ParseError
+		if errors.As(err, &bad) {
+			return refuse(bad.Message)
+		}
+		return refuse("the body is not a message")
+	}
+	switch string(m.Type) {
+	case codec.TypePing, codec.TypeDeliveryAck, codec.TypeRefreshToken:
+		return refuse("messages of type " + string(m.Type) + " are for WebSocket sessions only")
+	}
+	p.mu.Lock()
+	u := p.builder.Build(&m, user, 0, time.Now().UnixMilli())
+	p.mu.Unlock()
+	name := string(m.ClientMsgID)
+	result, err := p.shards.Publish(ctx, u)
+	return Published{ClientMsgID: name, Result: result}, err
+}
+
+// sessions is what the gRPC server acts on.
+type sessions struct {
+	*shard.Set
+	connections func() int64
+	draining    func() bool
+}
+
+var _ Sessions = (*sessions)(nil)
+
+// Push implements Sessions.
+func (s *sessions) Push(ctx context.Context, d *codec.Downstream) ([]codec.End, error) {
+	if d.Frame == nil {
+		d.Frame = codec.AppendDownstreamFrame(nil, d, time.Now().UnixMilli())
+	}
+	return s.Set.Push(ctx, d)
+}
+
+// Sessions implements Sessions.
+func (s *sessions) Sessions(ctx context.Context, user string) ([]SessionInfo, error) {
+	list, err := s.Set.Sessions(ctx, user)
+	out := make([]SessionInfo, 0, len(list))
+	for _, i := range list {
+		out = append(out, SessionInfo{
+			Name: i.SessionID, ConnectedAt: i.ConnectedAt, MessagesIn: i.MessagesIn,
+			MessagesOut: i.MessagesOut, PendingBytes: i.PendingBytes, State: i.State,
+		})
+	}
+	return out, err
+}
+
+// Stats implements Sessions.
+func (s *sessions) Stats() Stats {
+	st := s.Set.Stats()
+	return Stats{
+		Connections: s.connections(), Sessions: st.Sessions, Users: st.Users, UpstreamInFlight: st.InFlight,
+		Downstream: st.Ends, Refused: st.Refused, Draining: s.draining(),
+	}
+}
+
+// authenticate says who sends a request of the HTTP API.
+func authenticate(v *transport.Verifier) func(*http.Request) (string, error) {
+	return func(r *http.Request) (string, error) {
+		who, err := v.FromRequest(r)
+		if errors.Is(err, transport.ErrTokenExpired) {
+			return "", ErrTokenExpired
+		}
+		return who.User, err
+	}
+}

@@ -1,0 +1,254 @@
+package engine
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/redis/rueidis"
+	"github.com/rs/zerolog"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
+
+	"im-gateway/broker"
+	"im-gateway/registry"
+	"im-gateway/shard"
+	"im-gateway/transport"
+)
+
+// Engine is one gateway. New, then Run, once.
+type Engine struct {
+	cfg      Config
+	log      zerolog.Logger
+	nonce    uint64
+	random   bool // the gateway_id was made up at this start
+	verifier *transport.Verifier
+	metrics  *prometheus.Registry
+	ready    *Readiness
+	started  time.Time
+
+	abort     context.CancelFunc
+	hard      context.Context // ends at Abort, and when Run returns
+	draining  atomic.Bool
+	publicUp  chan struct{} // closed when the public port listens
+	httpAddr  net.Addr
+	adminAddr net.Addr
+
+	// The parts, in the order of their start.
+	etcd         *clientv3.Client
+	owner        *registry.Owner
+	redis        rueidis.Client
+	shards       *shard.Set
+	presence     *presenceBridge
+	peers        *Peers
+	producer     *broker.Producer
+	begin        chan struct{} // closed when the consumer may dispatch
+	consumer     *broker.Consumer
+	logic        *grpc.ClientConn
+	server       *transport.Server
+	grpc         *GRPCServer
+	registration *registry.Registration
+
+	// failed takes the first error that ends the process.
+	failed chan error
+	tasks  []*task
+}
+
+// The conditions of readiness, in the order in which they are met.
+const (
+	needEtcd     = "etcd"
+	needKafka    = "kafka"
+	needRedis    = "redis"
+	needConsumer = "kafka consumer"
+	needListener = "listener"
+	needRegistry = "registration"
+)
+
+// ErrFenced is in the error of a gateway that lost its downstream topic to another process.
+var ErrFenced = errors.New("this gateway's downstream topic belongs to another process now")
+
+// New checks what can be checked without the network.
+func New(cfg Config, logger zerolog.Logger) (*Engine, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	e := &Engine{
+		cfg: cfg, metrics: prometheus.NewRegistry(), started: time.Now(),
+		ready:    NewReadiness(needEtcd, needKafka, needRedis, needConsumer, needListener, needRegistry),
+		begin:    make(chan struct{}),
+		publicUp: make(chan struct{}),
+		failed:   make(chan error, 1),
+	}
+	if e.cfg.GatewayID == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			return nil, fmt.Errorf("gateway_id: no host name to make one of: %w", err)
+		}
+		e.cfg.GatewayID, e.random = NewGatewayID(host), true
+	}
+	if e.cfg.Shard.Count == 0 {
+		e.cfg.Shard.Count = runtime.NumCPU()
+	}
+	if e.cfg.HTTP.Loops == 0 {
+		e.cfg.HTTP.Loops = runtime.NumCPU()
+	}
+	e.log = logger.With().Str("gateway_id", e.cfg.GatewayID).Logger()
+	var seed [8]byte
+	_, _ = rand.Read(seed[:]) // never fails, says crypto/rand
+	e.nonce = binary.BigEndian.Uint64(seed[:])
+	var err error
+	if e.verifier, err = newVerifier(cfg.Auth); err != nil {
+		return nil, err
+	}
+	e.metrics.MustRegister(collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	e.hard, e.abort = context.WithCancel(context.Background())
+	return e, nil
+}
+
+func newVerifier(a Auth) (*transport.Verifier, error) {
+	o := transport.VerifierOptions{
+		Algorithm: a.Algorithm, Secret: []byte(a.HS256Secret), PreviousSecret: []byte(a.PreviousSecret),
+		Issuer: a.Issuer, Audience: a.Audience, Leeway: a.Leeway,
+	}
+	if a.PublicKeyFile != "" {
+		key, err := os.ReadFile(a.PublicKeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("auth.public_key_file: %w", err)
+		}
+		o.PublicKeyPEM = key
+	}
+	v, err := transport.NewVerifier(o)
+	if err != nil {
+		return nil, fmt.Errorf("auth: %w", err)
+	}
+	return v, nil
+}
+
+// GatewayID is the id in use.
+func (e *Engine) GatewayID() string { return e.cfg.GatewayID }
+
+// Ready is closed when the gateway is ready for clients.
+func (e *Engine) Ready() <-chan struct{} { return e.ready.Done() }
+
+// HTTPAddr is the public port's address; call it after Ready.
+func (e *Engine) HTTPAddr() net.Addr { return e.httpAddr }
+
+// AdminAddr is the admin port's address; call it after Ready.
+func (e *Engine) AdminAddr() net.Addr { return e.adminAddr }
+
+// Abort ends Run at once: what is under way is given up. Any goroutine may call it.
+func (e *Engine) Abort() { e.abort() }
+
+// Run starts the gateway and serves until ctx ends, then drains and stops; nil means that it was
+// stopped as asked. An error is a start that cannot succeed or a failure that leaves the process
+// without use, such as being fenced off its topic.
+func (e *Engine) Run(ctx context.Context) error {
+	defer e.abort()
+	startCtx, cancel := context.WithCancel(ctx)
+	stopCancel := context.AfterFunc(e.hard, cancel)
+	defer stopCancel()
+	defer cancel()
+	err := e.start(startCtx)
+	switch {
+	case err == nil:
+		e.log.Info().Stringer("http_addr", e.httpAddr).Str("version", Version()).
+			Dur("took_ms", time.Since(e.started)).Msg("ready")
+		select {
+		case <-ctx.Done():
+		case <-e.hard.Done():
+		case err = <-e.failed:
+			e.log.Error().Err(err).Msg("cannot go on, stopping")
+		}
+	case ctx.Err() != nil || e.hard.Err() != nil:
+		err = nil // stopped while starting
+	default:
+		// A task that failed says more than the step that noticed.
+		select {
+		case failure := <-e.failed:
+			err = failure
+		default:
+		}
+		e.log.Error().Err(err).Msg("start failed, stopping")
+	}
+	e.stop(err)
+	return err
+}
+
+// task is one goroutine of the engine's, with a context of its own so that the stop has an order.
+type task struct {
+	name   string
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+// goTask runs f until its context ends. An error before that ends the process.
+func (e *Engine) goTask(name string, f func(context.Context) error) *task {
+	ctx, cancel := context.WithCancel(e.hard)
+	t := &task{name: name, cancel: cancel, done: make(chan struct{})}
+	e.tasks = append(e.tasks, t)
+	go func() {
+		defer close(t.done)
+		if err := f(ctx); err != nil && ctx.Err() == nil {
+			e.fail(fmt.Errorf("%s: %w", name, err))
+		}
+	}()
+	return t
+}
+
+func (e *Engine) fail(err error) {
+	select {
+	case e.failed <- err:
+	default: // the first one counts
+	}
+}
+
+// end cancels a task and waits for it; nil is a task that was never started.
+func (t *task) end(ctx context.Context) {
+	if t == nil {
+		return
+	}
+	t.cancel()
+	select {
+	case <-t.done:
+	case <-ctx.Done():
+	}
+}
+
+// fatalError is an error that waiting cannot mend.
+type fatalError struct{ error }
+
+func (f fatalError) Unwrap() error { return f.error }
+
+// await tries f until it succeeds, with back-off, and says each time what is missing.
+func (e *Engine) await(ctx context.Context, need string, f func(context.Context) error) error {
+	policy := backoff.NewExponentialBackOff()
+	policy.InitialInterval = 200 * time.Millisecond
+	policy.MaxInterval = 5 * time.Second
+	_, err := backoff.Retry(ctx, func() (struct{}, error) {
+		err := f(ctx)
+		var fatal fatalError
+		if errors.As(err, &fatal) {
+			err = backoff.Permanent(err)
+		}
+		return struct{}{}, err
+	}, backoff.WithBackOff(policy), backoff.WithMaxElapsedTime(0),
+		backoff.WithNotify(func(err error, next time.Duration) {
+			e.ready.Waiting(need, err.Error())
+			e.log.Warn().Err(err).Dur("retry_ms", next).Msg("waiting for " + need)
+		}))
+	if err != nil {
+		return fmt.Errorf("start: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,375 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"im-gateway/broker"
+	"im-gateway/codec"
+	"im-gateway/codec/logicpb"
+	"im-gateway/registry"
+	"im-gateway/shard"
+	"im-gateway/transport"
+)
+
+// start brings the parts up in order. What it has started when it fails, stop ends.
+func (e *Engine) start(ctx context.Context) error {
+	for _, step := range []func(context.Context) error{
+		e.startAdmin, e.startEtcd, e.startTopics, e.startRedis, e.startShards, e.startKafka,
+		e.startListener, e.startRegistration,
+	} {
+		if err := step(ctx); err != nil {
+			return err
+		}
+		select {
+		case err := <-e.failed:
+			return err
+		default:
+		}
+	}
+	return nil
+}
+
+// startAdmin comes first: /readyz says what the rest waits for.
+func (e *Engine) startAdmin(context.Context) error {
+	h, err := NewAdmin(AdminOptions{
+		GatewayID: e.cfg.GatewayID, Version: Version(), Readiness: e.ready, Registry: e.metrics, Logger: e.log,
+	})
+	if err != nil {
+		return err
+	}
+	ln, err := net.Listen("tcp", e.cfg.Admin.Addr)
+	if err != nil {
+		return fmt.Errorf("admin port (admin.addr): %w", err)
+	}
+	e.adminAddr = ln.Addr()
+	e.log.Info().Stringer("addr", e.adminAddr).Msg("admin port listens")
+	e.goTask("admin", func(ctx context.Context) error { return ServeAdmin(ctx, ln, h) })
+	return nil
+}
+
+func (e *Engine) startEtcd(ctx context.Context) error {
+	tlsConfig, err := e.cfg.Etcd.TLS.Client()
+	if err != nil {
+		return fmt.Errorf("etcd.tls: %w", err)
+	}
+	err = e.await(ctx, needEtcd, func(ctx context.Context) error {
+		if e.etcd == nil {
+			client, err := registry.Connect(registry.EtcdOptions{
+				Endpoints: e.cfg.Etcd.Endpoints, TLS: tlsConfig,
+				Username: e.cfg.Etcd.Username, Password: e.cfg.Etcd.Password,
+			})
+			if err != nil {
+				return err
+			}
+			e.etcd = client
+		}
+		return registry.Reachable(ctx, e.etcd)
+	})
+	if err != nil {
+		return err
+	}
+	e.owner = registry.NewOwner(registry.OwnerOptions{
+		Client: e.etcd, GatewayID: e.cfg.GatewayID, Random: e.random,
+		Instance: fmt.Sprintf("%s/%016x", e.adminAddr, e.nonce), LeaseTTL: e.cfg.Etcd.LeaseTTL, Logger: e.log,
+	})
+	err = e.owner.Acquire(ctx, func(reason error) {
+		e.ready.Waiting(needEtcd, reason.Error())
+		e.log.Warn().Err(reason).Msg("waiting for the ownership of the downstream topic")
+	})
+	if err != nil {
+		return fmt.Errorf("own the downstream topic: %w", err)
+	}
+	e.goTask("owner", func(ctx context.Context) error {
+		if err := e.owner.Run(ctx); err != nil {
+			return fmt.Errorf("%w: %w", ErrFenced, err)
+		}
+		return nil
+	})
+	e.ready.Met(needEtcd)
+	return nil
+}
+
+func (e *Engine) brokerOptions() (broker.Options, error) {
+	k := &e.cfg.Kafka
+	tlsConfig, err := k.TLS.Client()
+	if err != nil {
+		return broker.Options{}, fmt.Errorf("kafka.tls: %w", err)
+	}
+	return broker.Options{
+		Brokers: k.Brokers, GatewayID: e.cfg.GatewayID, Nonce: e.nonce, TLS: tlsConfig,
+		SASL:          broker.SASL{Mechanism: k.SASL.Mechanism, User: k.SASL.Username, Password: k.SASL.Password},
+		UpstreamTopic: k.UpstreamTopic, DownstreamPrefix: k.DownstreamTopicPrefix,
+		UndeliveredTopic: k.UndeliveredTopic, DeadletterTopic: k.DeadletterTopic, UserEventsTopic: k.UserEventsTopic,
+		MaxInFlightRecords: k.MaxInFlightRecords, MaxInFlightBytes: k.MaxInFlightBytes,
+		FlushMessages: k.FlushMessages, FlushBytes: k.FlushBytes, FlushInterval: k.FlushInterval,
+		UnavailableAfter: k.AckDeadline, Begin: e.begin,
+		CreateShared: k.CreateSharedTopics, Strict: k.Strict,
+		DownstreamPartitions: k.DownstreamPartitions, DownstreamReplication: k.DownstreamReplication,
+		DownstreamRetention: k.DownstreamRetention,
+		SharedPartitions:    k.SharedPartitions, SharedReplication: k.SharedReplication,
+		Logger: e.log, Registerer: e.metrics,
+	}, nil
+}
+
+func (e *Engine) startTopics(ctx context.Context) error {
+	opts, err := e.brokerOptions()
+	if err != nil {
+		return err
+	}
+	admin, err := broker.NewAdmin(opts)
+	if err != nil {
+		return err
+	}
+	return e.await(ctx, needKafka, func(ctx context.Context) error {
+		if err := admin.Reachable(ctx); err != nil {
+			if errors.Is(err, broker.ErrLogin) {
+				return fatalError{err}
+			}
+			return err
+		}
+		topicCtx, cancel := context.WithTimeout(ctx, 30*time.Second)
+		defer cancel()
+		err := admin.EnsureTopics(topicCtx)
+		if err == nil || topicCtx.Err() != nil {
+			return err
+		}
+		// Kafka answers: either it went away in this moment, or the topics are not as they must be.
+		if admin.Reachable(ctx) != nil {
+			return err
+		}
+		return fatalError{err}
+	})
+}
+
+func (e *Engine) startRedis(ctx context.Context) error {
+	r := &e.cfg.Redis
+	tlsConfig, err := r.TLS.Client()
+	if err != nil {
+		return fmt.Errorf("redis.tls: %w", err)
+	}
+	err = e.await(ctx, needRedis, func(ctx context.Context) error {
+		if e.redis == nil {
+			client, err := registry.DialRedis(registry.RedisOptions{
+				Addrs: r.Addrs, Username: r.Username, Password: r.Password,
+				SentinelMaster: r.SentinelMaster, Cluster: r.Cluster, TLS: tlsConfig,
+			})
+			if err != nil {
+				return err
+			}
+			e.redis = client
+		}
+		return registry.RedisReachable(ctx, e.redis)
+	})
+	if err != nil {
+		return err
+	}
+	e.ready.Met(needRedis)
+	return nil
+}
+
+// startShards makes the parts that know each other, and starts all but the listener.
+func (e *Engine) startShards(context.Context) error {
+	opts, err := e.brokerOptions()
+	if err != nil {
+		return err
+	}
+	e.producer, err = broker.NewProducer(opts, func(b *codec.UpstreamBatch) { e.shards.Results(b) }, e.cfg.Shard.Count)
+	if err != nil {
+		return err
+	}
+	peerTLS, err := e.cfg.GRPC.TLS.Client()
+	if err != nil {
+		return fmt.Errorf("grpc.tls: %w", err)
+	}
+	e.peers, err = NewPeers(PeersOptions{
+		Lookup: func(ctx context.Context, id string) (string, error) { return registry.GatewayAddr(ctx, e.etcd, id) },
+		Token:  e.cfg.GRPC.Token, TLS: peerTLS, Logger: e.log, Registerer: e.metrics,
+	})
+	if err != nil {
+		return err
+	}
+	egress := &lateEgress{}
+	e.presence = newPresenceBridge(e.cfg.Shard.Count, e.nonce)
+	w := &e.cfg.WebSocket
+	e.shards, err = shard.New(shard.Options{
+		Shards: e.cfg.Shard.Count, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,
+		Topic: e.cfg.Kafka.UpstreamTopic, Heartbeat: w.Heartbeat, RefreshInterval: e.cfg.Redis.RefreshInterval,
+		AckDeadline: e.cfg.Kafka.AckDeadline, EgressBudget: w.EgressBudgetBytes, MaxMessageBytes: w.MaxMessageBytes,
+		Egress: egress, Publisher: e.producer, Presence: e.presence, Events: e.producer,
+		Replaced: func(user, gateway, session string) {
+			e.peers.Kick(PeerKick{GatewayID: gateway, User: user, Session: session, Reason: "replaced by a newer session"})
+		},
+		Logger: e.log, Registerer: e.metrics,
+	})
+	if err != nil {
+		return err
+	}
+	e.presence.results = e.shards.PresenceResults
+	e.presence.store, err = registry.NewPresence(registry.PresenceOptions{
+		Client: e.redis, GatewayID: e.cfg.GatewayID, TTL: e.cfg.Redis.PresenceTTL, Registerer: e.metrics,
+	})
+	if err != nil {
+		return err
+	}
+	if e.server, err = e.newServer(); err != nil {
+		return err
+	}
+	egress.server = e.server
+	e.goTask("shards", e.shards.Run)
+	e.goTask("presence", e.presence.run)
+	e.goTask("peers", func(ctx context.Context) error { e.peers.Run(ctx); return nil })
+	return nil
+}
+
+// newServer makes the public port, with im-logic behind its API.
+func (e *Engine) newServer() (*transport.Server, error) {
+	logicTLS, err := e.cfg.Logic.TLS.Client()
+	if err != nil {
+		return nil, fmt.Errorf("logic.tls: %w", err)
+	}
+	e.logic, err = NewLogic(LogicOptions{
+		Target: e.cfg.Logic.Target, TLS: logicTLS, Resolver: registry.NewResolver(e.etcd, e.log),
+	})
+	if err != nil {
+		return nil, err
+	}
+	api, err := NewAPI(APIOptions{
+		Auth: logicpb.NewAuthServiceClient(e.logic), AuthDeadline: e.cfg.Logic.Deadline,
+		Authenticate:    authenticate(e.verifier),
+		Publisher:       &publisher{shards: e.shards, builder: codec.NewBuilder(e.cfg.GatewayID, e.nonce)},
+		PublishDeadline: e.cfg.Kafka.AckDeadline + 2*time.Second,
+		UpstreamTopic:   e.cfg.Kafka.UpstreamTopic, MaxMessageBytes: e.cfg.WebSocket.MaxMessageBytes,
+		MaxRequests: e.cfg.HTTP.MaxRequests, Origins: e.cfg.HTTP.CORSOrigins, Logger: e.log, Registerer: e.metrics,
+	})
+	if err != nil {
+		return nil, err
+	}
+	w := &e.cfg.WebSocket
+	return transport.New(transport.Options{
+		Addr: e.cfg.HTTP.Addr, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,
+		Sink: e.shards, Verifier: e.verifier, API: api,
+		MaxMessageBytes: w.MaxMessageBytes, HeadBytes: w.HeadBytes, HandshakeTimeout: w.HandshakeTimeout,
+		HeartbeatTimeout: w.HeartbeatTimeout, EgressBudget: w.EgressBudgetBytes, MaxConnections: w.MaxConnections,
+		AllowedOrigins: w.AllowedOrigins, Logger: e.log, Registerer: e.metrics,
+	})
+}
+
+// startKafka connects the producer and joins the consumer's group; nothing is fetched yet.
+func (e *Engine) startKafka(ctx context.Context) error {
+	opts, err := e.brokerOptions()
+	if err != nil {
+		return err
+	}
+	e.goTask("kafka producer", e.producer.Run)
+	if err := e.until(ctx, e.producer.Ready()); err != nil {
+		return fmt.Errorf("connect the producer: %w", err)
+	}
+	e.ready.Met(needKafka)
+	e.consumer, err = broker.NewConsumer(opts, e.producer, e.cfg.Shard.Count, e.shards.Deliver, func(ctx context.Context) error {
+		err := e.owner.Check(ctx)
+		if errors.Is(err, registry.ErrNotOwner) {
+			return fmt.Errorf("%w: %w", broker.ErrFenced, err)
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	e.goTask("kafka consumer", func(ctx context.Context) error {
+		err := e.consumer.Run(ctx)
+		if errors.Is(err, broker.ErrFenced) {
+			return fmt.Errorf("%w: %w", ErrFenced, err)
+		}
+		return err
+	})
+	e.ready.Waiting(needConsumer, "joining the group")
+	if err := e.until(ctx, e.consumer.Ready()); err != nil {
+		return fmt.Errorf("join the consumer group: %w", err)
+	}
+	e.ready.Met(needConsumer)
+	return nil
+}
+
+// until waits for c, unless a task fails or ctx ends first.
+func (e *Engine) until(ctx context.Context, c <-chan struct{}) error {
+	select {
+	case <-c:
+		return nil
+	case err := <-e.failed:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (e *Engine) startListener(ctx context.Context) error {
+	grpcTLS, err := e.cfg.GRPC.TLS.Server()
+	if err != nil {
+		return fmt.Errorf("grpc.tls: %w", err)
+	}
+	e.grpc, err = NewGRPCServer(GRPCOptions{
+		Addr: e.cfg.GRPC.Addr, Token: e.cfg.GRPC.Token, TLS: grpcTLS, GatewayID: e.cfg.GatewayID, Version: Version(),
+		Sessions: &sessions{Set: e.shards, connections: e.server.Connections, draining: e.draining.Load},
+		Logger:   e.log, Registerer: e.metrics,
+	})
+	if err != nil {
+		return err
+	}
+	ln, err := net.Listen("tcp", e.cfg.GRPC.Addr)
+	if err != nil {
+		return fmt.Errorf("gRPC port (grpc.addr): %w", err)
+	}
+	grpcAddr, err := AdvertiseAddr(e.cfg.GRPC.AdvertiseAddr, ln.Addr())
+	if err != nil {
+		return errors.Join(err, ln.Close())
+	}
+	e.goTask("grpc", func(ctx context.Context) error { return e.grpc.Run(ctx, ln) })
+	if err := e.server.Start(ctx); err != nil {
+		return fmt.Errorf("public port (http.addr): %w", err)
+	}
+	e.httpAddr = e.server.Addr()
+	close(e.publicUp)
+	e.goTask("public port", func(ctx context.Context) error {
+		select {
+		case <-e.server.Done():
+			return e.server.Err()
+		case <-ctx.Done():
+			return nil
+		}
+	})
+	e.ready.Met(needListener)
+	// A restart's backlog finds its users back.
+	e.goTask("start grace", func(ctx context.Context) error {
+		grace := time.NewTimer(e.cfg.Kafka.StartGrace)
+		defer grace.Stop()
+		select {
+		case <-grace.C:
+			close(e.begin)
+		case <-ctx.Done():
+		}
+		return nil
+	})
+	e.registration, err = registry.NewRegistration(registry.RegistrationOptions{
+		Client: e.etcd, LeaseTTL: e.cfg.Etcd.LeaseTTL, Logger: e.log, Registerer: e.metrics,
+		Endpoint: registry.Endpoint{
+			GatewayID: e.cfg.GatewayID, GRPCAddr: grpcAddr, HTTPAddr: e.httpAddr.String(),
+			Version: Version(), StartedAt: e.started.UnixMilli(),
+		},
+	})
+	return err
+}
+
+func (e *Engine) startRegistration(ctx context.Context) error {
+	e.goTask(taskRegistration, func(ctx context.Context) error { e.registration.Run(ctx); return nil })
+	e.ready.Waiting(needRegistry, "registering in etcd")
+	if err := e.until(ctx, e.registration.Registered()); err != nil {
+		return fmt.Errorf("register in etcd: %w", err)
+	}
+	e.grpc.SetServing(true)
+	e.ready.Met(needRegistry)
+	return nil
+}
