@@ -52,6 +52,7 @@ type watcher struct {
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
 	all     map[string]string // address by key; owned by run
+	known   bool              // there has been an address
 }
 
 // ResolveNow implements resolver.Resolver; the watch is always current.
@@ -70,8 +71,11 @@ func (w *watcher) run(ctx context.Context) {
 		if err != nil {
 			w.cc.ReportError(fmt.Errorf("find %s in etcd: %w", w.name, err))
 		} else {
-			// A new watch begins with all that is there now.
+			// A new watch begins with all that is there now, and says nothing when that is nothing.
 			clear(w.all)
+			if there, err := w.manager.List(ctx); err == nil && len(there) == 0 {
+				w.none()
+			}
 			for batch := range updates {
 				retry.Reset()
 				w.apply(batch)
@@ -81,6 +85,16 @@ func (w *watcher) run(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// none is called when nothing is registered: calls fail at once when there never was an address,
+// and go to the last ones when there was.
+func (w *watcher) none() {
+	if w.known {
+		w.log.Warn().Str("name", w.name).Msg("no endpoint is registered in etcd any more, keeping the last addresses")
+		return
+	}
+	w.cc.ReportError(fmt.Errorf("no instance of %s is registered in etcd", w.name))
 }
 
 func (w *watcher) apply(batch []*endpoints.Update) {
@@ -93,9 +107,10 @@ func (w *watcher) apply(batch []*endpoints.Update) {
 		}
 	}
 	if len(w.all) == 0 {
-		w.log.Warn().Str("name", w.name).Msg("no endpoint is registered in etcd any more, keeping the last addresses")
+		w.none()
 		return
 	}
+	w.known = true
 	state := resolver.State{}
 	seen := map[string]bool{}
 	for _, addr := range w.all {

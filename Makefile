@@ -1,0 +1,43 @@
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+TIMEOUT ?= 900s
+
+.DEFAULT_GOAL := help
+.PHONY: help build run test test-fast test-unit test-e2e test-real lint generate clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+build: ## build bin/im-gateway, bin/im-dev and bin/im-bench
+	$(GO) build -trimpath -o bin/ ./cmd/im-gateway ./cmd/im-dev ./cmd/im-bench
+
+run: ## the whole system in one process, with a demo page
+	$(GO) run ./cmd/im-dev
+
+test: lint test-unit test-e2e test-real ## everything: lint, unit tests with -race, end to end on embedded and on real servers
+
+test-fast: ## unit tests and end to end on embedded servers; needs only Go
+	$(GO) test ./bench/... ./broker/... ./cmd/... ./codec ./engine/... ./registry/... ./shard/... ./transport/...
+	$(GO) test -count=1 -timeout $(TIMEOUT) ./test/e2e -backend=embedded
+
+test-unit:
+	$(GO) test -race -timeout $(TIMEOUT) ./bench/... ./broker/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./transport/...
+
+test-e2e:
+	$(GO) test -count=1 -timeout $(TIMEOUT) ./test/... -backend=embedded
+
+test-real:
+	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./registry/... ./test/e2e -backend=real
+
+lint: ## gofmt, go vet, staticcheck
+	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
+	if [ -n "$$unformatted" ]; then echo "gofmt would change:"; echo "$$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) vet -tags real ./...
+	$(GO) tool staticcheck ./...
+
+generate: ## generate the protobuf code anew (needs protobuf-compiler)
+	sh scripts/generate.sh
+
+clean: ## remove what was built and fetched
+	rm -rf bin .cache
