@@ -28,19 +28,18 @@ type sideRecord struct {
 	end      codec.End
 	offset   int64 // dead letter
 	tooLarge int   // attempts refused for their size
-
-	msg sarama.ProducerMessage
 }
 
+// message is the record for one attempt: sarama still reads a field of one that failed.
 func (r *sideRecord) message() *sarama.ProducerMessage {
-	r.msg = sarama.ProducerMessage{Topic: r.topic, Headers: r.headers, Metadata: r}
+	m := &sarama.ProducerMessage{Topic: r.topic, Headers: r.headers, Metadata: r}
 	if r.key != nil {
-		r.msg.Key = &r.key
+		m.Key = &r.key
 	}
 	if r.value != nil {
-		r.msg.Value = &r.value
+		m.Value = &r.value
 	}
-	return &r.msg
+	return m
 }
 
 // userEvent is what UserEvent was told.

@@ -43,7 +43,7 @@ func (r *raw) Length() int             { return len(*r) }
 func bytesOf(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
 
 // upstreamRecord is a client message in sarama's hands. It is pooled: sarama keeps nothing of a
-// message that came back.
+// message that came back as a success.
 type upstreamRecord struct {
 	msg     sarama.ProducerMessage
 	key     raw
@@ -225,8 +225,10 @@ func (g *gathering) add(m *sarama.ProducerMessage, err error) {
 	p.metrics.ackSeconds.Observe(g.now.Sub(r.handed).Seconds())
 	g.records++
 	g.bytes += r.size
-	r.clear()
-	p.records.Put(r)
+	if err == nil { // of a message that came back as an error sarama still reads a field
+		r.clear()
+		p.records.Put(r)
+	}
 }
 
 func (g *gathering) flush() {
