@@ -20,10 +20,11 @@ const (
 )
 
 // Bounds of a lingering close: long enough that the peer reads the close frame, which unread input
-// would turn into a reset (RFC 6455, section 7.1.1).
+// would turn into a reset (RFC 6455, section 7.1.1). The bytes are what a peer may have under way in
+// socket buffers, and the rest of a message that was refused by its header.
 const (
 	lingerMS    = 2000
-	lingerBytes = 1 << 20
+	lingerBytes = 4 << 20
 )
 
 // conn is one connection; all of it belongs to its loop. Idle users cost one each: keep it small.
@@ -61,8 +62,8 @@ func (cn *conn) read() {
 	switch cn.state {
 	case stateHead:
 		cn.readHead()
-	case stateVerifying:
-		if cn.c.InboundBuffered()+bufferedNow(cn) > cn.l.s.opts.HeadBytes+cn.l.s.opts.MaxMessageBytes {
+	case stateVerifying: // what follows the head stays in gnet's buffer
+		if cn.c.InboundBuffered() > cn.l.s.opts.HeadBytes+cn.l.s.opts.MaxMessageBytes {
 			cn.respond(tooLargeResponse)
 		}
 	case stateBridged:
@@ -75,15 +76,6 @@ func (cn *conn) read() {
 	}
 }
 
-// bufferedNow is the size of all that has not been consumed.
-func bufferedNow(cn *conn) int {
-	b, err := cn.c.Peek(-1)
-	if err != nil {
-		return 0
-	}
-	return len(b)
-}
-
 // write sends bytes. It never blocks: what the kernel does not take is buffered and watched.
 func (cn *conn) write(b []byte) {
 	if cn.state == stateClosed || len(b) == 0 {
@@ -94,15 +86,15 @@ func (cn *conn) write(b []byte) {
 	if _, err := cn.c.Write(b); err != nil || cn.state == stateClosed {
 		return // gnet has closed it and told us
 	}
-	waiting := cn.c.OutboundBuffered()
-	if waiting == 0 {
+	left := cn.c.OutboundBuffered()
+	if left == 0 {
 		return
 	}
 	if !cn.backlog {
 		cn.backlog = true
-		cn.l.backlog = append(cn.l.backlog, cn)
+		cn.l.backlog = append(cn.l.backlog, waiting{cn: cn})
 	}
-	if cn.state == stateOpen && waiting > cn.l.s.opts.EgressBudget+egressSlack {
+	if cn.state == stateOpen && left > cn.l.s.opts.EgressBudget+egressSlack {
 		cn.l.fail(cn, codec.CloseSlowConsumer, reasonSlow)
 	}
 }
@@ -110,26 +102,42 @@ func (cn *conn) write(b []byte) {
 // flushed is how many of the bytes written the kernel has taken.
 func (cn *conn) flushed() uint64 { return cn.written - uint64(cn.c.OutboundBuffered()) }
 
-// reportFlushed tells the shard how far a backlogged connection's stream has got.
-func (l *loop) reportFlushed(cn *conn) {
-	if cn.id != 0 && cn.backlog && cn.state != stateClosed {
-		l.emit(codec.Event{Kind: codec.EventFlushed, Session: cn.id, Value: int64(cn.flushed())})
+// waiting is a connection whose peer reads more slowly than it is written to.
+type waiting struct {
+	cn       *conn
+	reported uint64 // what its shard knows to be flushed
+}
+
+// reportFlushed tells the shard how far a backlogged connection's stream has got. The connection is
+// not closed: then gnet may have dropped what it had not written.
+func (l *loop) reportFlushed(cn *conn) uint64 {
+	flushed := cn.flushed()
+	if cn.id != 0 {
+		l.emit(codec.Event{Kind: codec.EventFlushed, Session: cn.id, Value: int64(flushed)})
 	}
+	return flushed
 }
 
 // tickBacklog reports the progress of the connections whose peer reads slowly.
 func (l *loop) tickBacklog() {
 	kept := l.backlog[:0]
-	for _, cn := range l.backlog {
+	for _, w := range l.backlog {
+		cn := w.cn
 		if cn.state == stateClosed {
 			continue
 		}
-		l.reportFlushed(cn)
-		if cn.c.OutboundBuffered() == 0 {
+		left := cn.c.OutboundBuffered()
+		if cn.flushed() != w.reported {
+			w.reported = l.reportFlushed(cn)
+		}
+		if cn.bridge != nil && left <= bridgeOutput {
+			cn.bridge.release()
+		}
+		if left == 0 {
 			cn.backlog = false
 			continue
 		}
-		kept = append(kept, cn)
+		kept = append(kept, w)
 	}
 	clear(l.backlog[len(kept):])
 	l.backlog = kept
@@ -141,6 +149,9 @@ func (l *loop) fail(cn *conn, code codec.CloseCode, reason string) {
 	switch cn.state {
 	case stateClosed, stateClosing:
 		return
+	case stateBridged:
+		cn.bridge.hangUp()
+		cn.cut() // an answer may be half written
 	case stateOpen:
 		// What the loop had to say stands before the close.
 		replies := l.replies
@@ -180,6 +191,7 @@ func (cn *conn) startLinger() {
 		return
 	}
 	cn.linger = &linger{until: cn.l.now + lingerMS}
+	cn.l.s.lingering.Add(1)
 	cn.l.lingering = append(cn.l.lingering, cn)
 	cn.halfClose()
 	cn.drain()

@@ -32,9 +32,10 @@ func (t *egressTask) Run(context.Context) error {
 func (l *loop) submit(b *codec.EgressBatch) {
 	t := &l.shards[b.Shard].egress
 	t.batch = b
-	if el := l.el.Load(); el != nil && (*el).Execute(context.Background(), t) == nil {
+	if l.trigger(t) {
 		return
 	}
+	t.batch = nil
 	for i := range b.Commands {
 		b.Commands[i].Outcome = codec.OutcomeGone
 	}
@@ -124,7 +125,7 @@ func (l *loop) outcomes(cn *conn, cmds []codec.Command, next []int32, head, clos
 		case c.Kind != codec.CommandFrame:
 		case c.Position <= flushed:
 			c.Outcome = codec.OutcomeFlushed
-		case cn.id == c.Session:
+		default: // even where the write made it a slow consumer: its close, under way, settles it
 			c.Outcome = codec.OutcomeBuffered
 		}
 	}

@@ -3,6 +3,7 @@ package transport
 import (
 	"context"
 	"runtime/debug"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,12 +22,16 @@ type loop struct {
 	index int
 	el    atomic.Pointer[gnet.EventLoop]
 
-	ticking  atomic.Bool // a tick is on its way
-	flushing atomic.Bool // a flush asked for by a shard is on its way
+	life  sync.RWMutex // held for reading while a task is triggered
+	ended bool         // under life: gnet takes no more tasks
+
+	ticking  request // by the ticker
+	resuming request // by a shard with room again
 
 	builder  *codec.Builder
 	shards   []shardLink
 	flushDue bool  // a flush of this loop's own is on its way
+	flushing task  // that flush
 	now      int64 // Unix ms, at the start of the current piece of work
 
 	scratch []byte // frames on their way to one connection
@@ -37,7 +42,39 @@ type loop struct {
 
 	heads     []deadline // connections that have not finished their head, oldest first
 	lingering []*conn
-	backlog   []*conn
+	backlog   []waiting
+}
+
+// task is work for a loop that may be handed to it again and again without an allocation of ours.
+type task struct {
+	l *loop
+	f func(*loop)
+}
+
+// Run implements gnet.Runnable; on the loop.
+func (t *task) Run(context.Context) error {
+	t.l.now = time.Now().UnixMilli()
+	t.l.guard(nil, func() { t.f(t.l) })
+	return nil
+}
+
+// request is a task that other goroutines ask for; one at most is on its way.
+type request struct {
+	task
+	due atomic.Bool
+}
+
+func (r *request) init(l *loop, f func(*loop)) {
+	r.task = task{l: l, f: func(l *loop) {
+		r.due.Store(false)
+		f(l)
+	}}
+}
+
+func (r *request) request(l *loop) {
+	if r.due.CompareAndSwap(false, true) && !l.trigger(&r.task) {
+		r.due.Store(false)
+	}
 }
 
 // shardLink is what a loop keeps for one shard.
@@ -62,6 +99,9 @@ type deadline struct {
 
 func newLoop(s *Server, index int) *loop {
 	l := &loop{s: s, index: index}
+	l.flushing = task{l: l, f: (*loop).flush}
+	l.ticking.init(l, (*loop).tick)
+	l.resuming.init(l, (*loop).flush)
 	if s.opts.Echo {
 		return l
 	}
@@ -73,17 +113,25 @@ func newLoop(s *Server, index int) *loop {
 	return l
 }
 
-// execute runs f on the loop; false: the engine has ended, or the loop has had no connection yet.
-func (l *loop) execute(f func()) bool {
+// trigger hands a task to the loop; false: the loops have ended, or this one has had no connection
+// yet. Any goroutine may call it.
+func (l *loop) trigger(r gnet.Runnable) bool {
+	l.life.RLock()
+	defer l.life.RUnlock()
 	el := l.el.Load()
-	if el == nil {
-		return false
-	}
-	return (*el).Execute(context.Background(), gnet.RunnableFunc(func(context.Context) error {
-		l.now = time.Now().UnixMilli()
-		l.guard(nil, f)
-		return nil
-	})) == nil
+	return el != nil && !l.ended && (*el).Execute(context.Background(), r) == nil
+}
+
+// end makes the loop take no more tasks.
+func (l *loop) end() {
+	l.life.Lock()
+	defer l.life.Unlock()
+	l.ended = true
+}
+
+// execute runs f on the loop; false: it will not. A panic closes cn, unless that is nil.
+func (l *loop) execute(cn *conn, f func()) bool {
+	return l.trigger(&task{l: l, f: func(l *loop) { l.guard(cn, f) }})
 }
 
 // guard keeps a panic to the connection at fault.
@@ -111,25 +159,42 @@ func (l *loop) open(c gnet.Conn) {
 	l.heads = append(l.heads, deadline{cn, l.now + l.s.opts.HandshakeTimeout.Milliseconds()})
 }
 
+// turnAway refuses a new connection.
+func (l *loop) turnAway(c gnet.Conn) {
+	l.now = time.Now().UnixMilli()
+	cn := &conn{c: c, l: l, state: stateHead, lastRead: l.now, head: -1}
+	c.SetContext(cn)
+	l.guard(nil, func() { cn.respond(shedResponse) })
+}
+
 // traffic handles what a connection has sent.
 func (l *loop) traffic(cn *conn) {
 	l.now = time.Now().UnixMilli()
 	cn.lastRead = l.now
 	l.guard(cn, func() { cn.read() })
+	if len(l.replies) > 0 { // of a read that ended early
+		l.replies = l.replies[:0]
+	}
 }
 
-// closed is told by gnet that the socket is about to be closed.
+// closed is told by gnet that the socket is about to be closed. What was buffered for it may be
+// gone already, so nothing is said of how far the kernel has taken it.
 func (l *loop) closed(cn *conn) {
 	if cn.state == stateClosed {
 		return
 	}
 	l.now = time.Now().UnixMilli()
-	l.endSession(cn, codec.CloseAbnormal, reasonLost)
-	if cn.bridge != nil {
-		cn.bridge.hangUp()
-	}
-	cn.drop()
 	cn.state = stateClosed
+	if cn.linger != nil {
+		l.s.lingering.Add(-1)
+	}
+	l.guard(nil, func() {
+		if cn.bridge != nil {
+			cn.bridge.hangUp()
+		}
+		l.endSession(cn, codec.CloseAbnormal, reasonLost)
+	})
+	cn.drop()
 }
 
 // lookup returns the connection of a session, or nil when it has ended.
@@ -173,7 +238,9 @@ func (l *loop) endSession(cn *conn, code codec.CloseCode, reason string) {
 	if cn.id == 0 {
 		return
 	}
-	l.reportFlushed(cn)
+	if cn.backlog && cn.state != stateClosed {
+		l.reportFlushed(cn)
+	}
 	l.emit(codec.Event{Kind: codec.EventClose, Session: cn.id, Code: code, Reason: reason})
 	link := &l.shards[cn.id.Shard()]
 	link.slots[cn.id.Index()].conn = nil
@@ -193,7 +260,7 @@ func (l *loop) emit(e codec.Event) {
 	if !l.flushDue && !link.stalled {
 		// One flush for all that this turn of the loop brings.
 		l.flushDue = true
-		if !l.execute(l.flush) {
+		if !l.trigger(&l.flushing) {
 			l.flush()
 		}
 	}
@@ -220,27 +287,6 @@ func (l *loop) flush() {
 		if !link.stalled {
 			link.stalled = true
 			l.s.metrics.stalls.Inc()
-		}
-	}
-}
-
-// requestFlush asks for a flush from another goroutine.
-func (l *loop) requestFlush() {
-	if l.flushing.CompareAndSwap(false, true) {
-		l.execute(func() {
-			l.flushing.Store(false)
-			l.flush()
-		})
-	}
-}
-
-func (l *loop) requestTick() {
-	if l.ticking.CompareAndSwap(false, true) {
-		if !l.execute(func() {
-			l.ticking.Store(false)
-			l.tick()
-		}) {
-			l.ticking.Store(false)
 		}
 	}
 }

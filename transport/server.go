@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -42,7 +44,7 @@ type Options struct {
 	HandshakeTimeout time.Duration // from accept to a whole head; 10 s
 	HeartbeatTimeout time.Duration // silence after which a ping command closes instead; 75 s
 	EgressBudget     int           // bytes; beyond it and 64 KiB the loop itself closes with 4000; 1 MiB
-	MaxConnections   int           // 0: what RLIMIT_NOFILE allows, with head-room
+	MaxConnections   int           // 0, or more than RLIMIT_NOFILE allows with a head-room: that
 	AllowedOrigins   []string      // of browsers; empty or *: all
 	// Echo serves every WebSocket connection as a plain echo, without tokens, shards or API.
 	Echo bool
@@ -53,10 +55,10 @@ type Options struct {
 
 // Bounds that are not configured.
 const (
-	fdHeadroom     = 256 // descriptors kept for Kafka, Redis, etcd, gRPC, files
 	tickInterval   = 100 * time.Millisecond
 	egressSlack    = 64 << 10
 	verifyQueue    = 1024 // slow token checks waiting
+	courtesy       = 64   // connections beyond the bound that are told so; more are closed at once
 	retryAfterShed = "5"  // seconds
 )
 
@@ -77,18 +79,35 @@ func (o *Options) validate() error {
 	case !o.Echo && (o.Sink == nil || o.Verifier == nil || o.API == nil):
 		return errors.New("a sink, a verifier and an API are needed")
 	}
-	if o.MaxConnections == 0 {
-		var limit unix.Rlimit
-		if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-			return fmt.Errorf("read the limit on open files: %w", err)
-		}
-		o.MaxConnections = int(min(limit.Cur, 1<<24)) - fdHeadroom
+	return o.boundConnections()
+}
+
+// boundConnections keeps the connections, and a head-room for all else, within the process's limit
+// on open files: at that limit accept fails, and gnet ends with all its connections.
+func (o *Options) boundConnections() error {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return fmt.Errorf("read the limit on open files: %w", err)
 	}
-	if o.MaxConnections < 1 {
+	files := int(min(limit.Cur, 1<<24))
+	bound := files - headroom(files)
+	switch {
+	case bound < 1:
 		return errors.New("the limit on open files leaves no room for connections: raise ulimit -n")
+	case o.MaxConnections == 0:
+		o.MaxConnections = bound
+	case o.MaxConnections > bound:
+		o.Logger.Warn().Int("configured", o.MaxConnections).Int("possible", bound).Int("open_files", files).
+			Msg("the limit on open files allows fewer connections than configured: raise ulimit -n")
+		o.MaxConnections = bound
 	}
 	return nil
 }
+
+// headroom is how many descriptors of a limit are kept for Kafka, Redis, etcd, gRPC and files, for
+// connections that are refused, and for those that gnet accepts faster than they can be refused:
+// at most a listen queue full.
+func headroom(files int) int { return min(max(256, files/10), 256+4096) }
 
 func def[T int | time.Duration](v *T, d T) {
 	if *v == 0 {
@@ -108,12 +127,14 @@ type Server struct {
 	origin  originCheck
 	loops   []*loop
 	addr    net.Addr
+	addrErr error
 	engine  gnet.Engine
 	http    *httpFront
 	verify  chan func() // slow token checks; nil when the verifier is fast
 
 	register    sync.Mutex // of a loop at its first connection
 	connections atomic.Int64
+	lingering   atomic.Int64 // of them closed, but for the peer to read why
 	draining    atomic.Bool
 	stopping    atomic.Bool
 
@@ -157,30 +178,22 @@ func New(opts Options) (*Server, error) {
 	return s, nil
 }
 
+// Connections is the number of connections open, of every kind.
+func (s *Server) Connections() int64 { return s.connections.Load() }
+
 // Loops is the number of event loops.
 func (s *Server) Loops() int { return len(s.loops) }
 
 // Start listens and returns when connections are accepted. ctx bounds the start only.
 func (s *Server) Start(ctx context.Context) error {
-	// gnet reports a port in use only in its own words, and picks no name for port 0.
-	probe, err := net.Listen("tcp", s.opts.Addr)
-	if err != nil {
-		return fmt.Errorf("listen: %w", err)
-	}
-	s.addr = probe.Addr()
-	if err := probe.Close(); err != nil {
-		return fmt.Errorf("listen on %s: %w", s.addr, err)
-	}
 	runCtx, cancel := context.WithCancel(context.Background())
 	s.cancel = cancel
 	s.children.Go(func() {
-		err := gnet.Run(s, "tcp://"+s.addr.String(),
-			gnet.WithNumEventLoop(len(s.loops)),
-			gnet.WithLoadBalancing(gnet.RoundRobin),
-			gnet.WithTCPNoDelay(gnet.TCPNoDelay),
-			gnet.WithReuseAddr(true),
-			gnet.WithLogger(gnetLog{s.opts.Logger}),
-			gnet.WithLogLevel(logging.ErrorLevel))
+		err := s.runEngine("tcp://" + s.opts.Addr)
+		if host, port, splitErr := net.SplitHostPort(s.opts.Addr); splitErr == nil && host == "" &&
+			errors.Is(err, unix.EAFNOSUPPORT) {
+			err = s.runEngine("tcp4://0.0.0.0:" + port) // a kernel without IPv6
+		}
 		if !s.stopping.Load() {
 			s.err = ErrEngineEnded
 			if err != nil {
@@ -194,10 +207,12 @@ func (s *Server) Start(ctx context.Context) error {
 	case <-s.done:
 		cancel()
 		s.children.Wait()
-		return fmt.Errorf("listen on %s: %w", s.addr, s.err)
+		return fmt.Errorf("listen on %s: %w", s.opts.Addr, errors.Unwrap(s.err))
 	case <-ctx.Done():
-		cancel()
-		return fmt.Errorf("listen on %s: %w", s.addr, context.Cause(ctx))
+		return s.giveUp(ctx)
+	}
+	if s.addrErr != nil {
+		return s.giveUp(ctx)
 	}
 	s.children.Go(func() { s.tick(runCtx) })
 	if s.http != nil {
@@ -211,11 +226,81 @@ func (s *Server) Start(ctx context.Context) error {
 	return nil
 }
 
+// runEngine runs the event loops and returns when they have ended.
+func (s *Server) runEngine(address string) error {
+	return gnet.Run(s, address,
+		gnet.WithNumEventLoop(len(s.loops)),
+		gnet.WithLoadBalancing(gnet.RoundRobin),
+		gnet.WithTCPNoDelay(gnet.TCPNoDelay),
+		gnet.WithReuseAddr(true),
+		gnet.WithLogger(gnetLog{s.opts.Logger}),
+		gnet.WithLogLevel(logging.ErrorLevel))
+}
+
+// giveUp ends a start that has failed half-way.
+func (s *Server) giveUp(ctx context.Context) error {
+	s.stopping.Store(true)
+	s.cancel()
+	cause := s.addrErr
+	select {
+	case <-s.booted:
+		s.endEngine()
+		s.children.Wait()
+	default: // it is still binding, and ends as soon as it has
+	}
+	if cause == nil {
+		cause = context.Cause(ctx)
+	}
+	return fmt.Errorf("listen on %s: %w", s.opts.Addr, cause)
+}
+
+// endEngine makes the loops end. gnet's own Stop would only poll for it every half second; s.done
+// says it at once.
+func (s *Server) endEngine() {
+	ended, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := s.engine.Stop(ended); err != nil && !errors.Is(err, context.Canceled) {
+		s.opts.Logger.Debug().Err(err).Msg("the event loops had ended already")
+	}
+}
+
 // OnBoot implements gnet.EventHandler.
 func (s *Server) OnBoot(e gnet.Engine) gnet.Action {
+	if s.stopping.Load() { // the start was given up
+		return gnet.Shutdown
+	}
 	s.engine = e
+	s.addr, s.addrErr = boundAddr(e)
 	close(s.booted)
 	return gnet.None
+}
+
+// OnShutdown implements gnet.EventHandler: the loops take no more tasks. What would be triggered
+// later might reach a descriptor that is no longer gnet's.
+func (s *Server) OnShutdown(gnet.Engine) {
+	for _, l := range s.loops {
+		l.end()
+	}
+}
+
+// boundAddr asks the kernel for the address: with port 0 gnet knows only what it was given.
+func boundAddr(e gnet.Engine) (net.Addr, error) {
+	fd, err := e.Dup()
+	if err != nil {
+		return nil, fmt.Errorf("read the address: %w", err)
+	}
+	defer func() { _ = unix.Close(fd) }() // a duplicate
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		return nil, fmt.Errorf("read the address: %w", os.NewSyscallError("getsockname", err))
+	}
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		return &net.TCPAddr{IP: net.IP(sa.Addr[:]), Port: sa.Port}, nil
+	case *unix.SockaddrInet6:
+		return &net.TCPAddr{IP: net.IP(sa.Addr[:]), Port: sa.Port}, nil
+	}
+	return nil, fmt.Errorf("read the address: %T is no TCP address", sa)
 }
 
 // Addr is the address listened on, once Start has returned.
@@ -238,25 +323,47 @@ func (s *Server) Err() error {
 // StopAccepting answers every new connection and upgrade with 503 from now on.
 func (s *Server) StopAccepting() { s.draining.Store(true) }
 
-// Shutdown ends the loops; connections that are still open are cut. Close the sessions before.
+// Shutdown ends the loops. Connections that are being closed have their time for the peer to read
+// the close code; those still open are cut: close the sessions before. ctx bounds it all.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.StopAccepting()
 	if s.stopping.Swap(true) {
 		<-s.done
 		return nil
 	}
+	select {
+	case <-s.booted:
+	default: // never started
+		return nil
+	}
 	if s.http != nil {
 		s.http.stop(ctx)
 	}
-	err := s.engine.Stop(ctx)
-	if s.cancel != nil {
-		s.cancel()
-	}
-	if err != nil {
-		return fmt.Errorf("stop the event loops: %w", err)
+	s.awaitLingering(ctx)
+	s.cancel()
+	s.endEngine()
+	select {
+	case <-s.done:
+	case <-ctx.Done():
+		return fmt.Errorf("stop the event loops: %w", context.Cause(ctx))
 	}
 	s.children.Wait()
 	return nil
+}
+
+// awaitLingering waits for the connections that are being closed; none takes longer than lingerMS.
+func (s *Server) awaitLingering(ctx context.Context) {
+	poll := time.NewTicker(tickInterval / 10)
+	defer poll.Stop()
+	for s.lingering.Load() > 0 {
+		select {
+		case <-poll.C:
+		case <-s.done:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // tick makes the loops look after their lingering, slow and unfinished connections.
@@ -267,7 +374,7 @@ func (s *Server) tick(ctx context.Context) {
 		select {
 		case <-t.C:
 			for _, l := range s.loops {
-				l.requestTick()
+				l.ticking.request(l)
 			}
 		case <-ctx.Done():
 			return
@@ -286,14 +393,32 @@ func (s *Server) checkTokens(ctx context.Context) {
 	}
 }
 
+// identify checks a token; a panic in the parser refuses it.
+func (s *Server) identify(token []byte) (who Identity, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			s.metrics.panics.Inc()
+			s.opts.Logger.Error().Any("panic", p).Bytes("stack", debug.Stack()).
+				Msg("panic in a token's check; the token is refused")
+			who, err = Identity{}, ErrTokenRefused
+		}
+	}()
+	return s.opts.Verifier.Verify(token)
+}
+
 // OnOpen implements gnet.EventHandler; on the connection's loop.
 func (s *Server) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
-	if n := s.connections.Add(1); n > int64(s.opts.MaxConnections) || s.draining.Load() {
+	n := int(s.connections.Add(1))
+	l := s.loopOf(c)
+	if n > s.opts.MaxConnections || s.draining.Load() {
 		s.metrics.handshake.shed.Inc()
-		c.SetContext(&conn{c: c, state: stateClosed})
-		return []byte(shedResponse), gnet.Close
+		if n > s.opts.MaxConnections+courtesy {
+			return nil, gnet.Close // too many to be polite
+		}
+		l.turnAway(c)
+		return nil, gnet.None
 	}
-	s.loopOf(c).open(c)
+	l.open(c)
 	return nil, gnet.None
 }
 
@@ -336,7 +461,10 @@ func (s *Server) loopOf(c gnet.Conn) *loop {
 func (s *Server) Submit(b *codec.EgressBatch) { s.loops[b.Loop].submit(b) }
 
 // Resume implements the shards' egress: the loop offers again what the shard had no room for.
-func (s *Server) Resume(loop, _ int) { s.loops[loop].requestFlush() }
+func (s *Server) Resume(loop, _ int) {
+	l := s.loops[loop]
+	l.resuming.request(l)
+}
 
 // gnetLog carries gnet's errors to our log.
 type gnetLog struct{ log zerolog.Logger }
@@ -348,6 +476,3 @@ func (g gnetLog) Warnf(f string, a ...any) {
 }
 func (g gnetLog) Errorf(f string, a ...any) { g.log.Error().Msgf("event loops: "+f, a...) }
 func (g gnetLog) Fatalf(f string, a ...any) { g.log.Error().Msgf("event loops: "+f, a...) }
-
-// Connections is the number of connections open, of every kind.
-func (s *Server) Connections() int64 { return s.connections.Load() }
