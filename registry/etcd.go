@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
-	"github.com/rs/zerolog"
+	"github.com/prometheus/client_golang/prometheus"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 )
@@ -20,19 +20,30 @@ const (
 	ownerPrefix    = "im-gateway-owners/"
 )
 
+const (
+	defaultDialTimeout = 5 * time.Second
+	// etcdTimeout bounds one step of several calls to etcd, readTimeout a single read.
+	etcdTimeout = 5 * time.Second
+	readTimeout = 3 * time.Second
+	// revokeTimeout bounds giving a lease up; one that is not given up expires by itself.
+	revokeTimeout = 2 * time.Second
+	// minLeaseTTL is what a lease must last to live through the loss of one keep-alive.
+	minLeaseTTL = time.Second
+)
+
 // EtcdOptions say how etcd is reached.
 type EtcdOptions struct {
 	Endpoints          []string
 	TLS                *tls.Config // nil: none
-	Username, Password string
-	DialTimeout        time.Duration // 5 s
-	Logger             zerolog.Logger
+	Username, Password string      // empty user: no login
+	DialTimeout        time.Duration
 }
 
-// Connect returns a client. It does not wait for etcd: Reachable does.
+// Connect returns a client, which the caller closes. It does not wait for etcd, Reachable does; but
+// with a user it logs in, and fails when etcd does not let it within DialTimeout (zero: 5 s).
 func Connect(o EtcdOptions) (*clientv3.Client, error) {
 	if o.DialTimeout == 0 {
-		o.DialTimeout = 5 * time.Second
+		o.DialTimeout = defaultDialTimeout
 	}
 	cfg := clientv3.Config{
 		Endpoints:            o.Endpoints,
@@ -41,7 +52,7 @@ func Connect(o EtcdOptions) (*clientv3.Client, error) {
 		DialKeepAliveTimeout: 5 * time.Second,
 		Logger:               zap.NewNop(), // its retries would flood the log during an outage; ours says what matters
 	}
-	// With a user name the client logs in before New returns, so that needs a bound.
+	// Without a login a dial timeout would do nothing but delay the failure of the first lease.
 	if o.Username != "" {
 		cfg.Username, cfg.Password, cfg.DialTimeout = o.Username, o.Password, o.DialTimeout
 	}
@@ -54,7 +65,7 @@ func Connect(o EtcdOptions) (*clientv3.Client, error) {
 
 // Reachable reads once from etcd.
 func Reachable(ctx context.Context, c *clientv3.Client) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
 	if _, err := c.Get(ctx, ownerPrefix, clientv3.WithCountOnly()); err != nil {
 		return fmt.Errorf("read from etcd: %w", err)
@@ -82,43 +93,75 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// leaseSeconds converts a lease's TTL for etcd, which counts in whole seconds.
-func leaseSeconds(ttl time.Duration) int64 { return max(1, int64(ttl/time.Second)) }
-
-// holdLease grants a lease, calls bind with it, and keeps it alive until it is lost or ctx ends. It
-// returns the lease and why it ended; the lease is not revoked.
-func holdLease(ctx context.Context, c *clientv3.Client, ttl time.Duration,
-	bind func(context.Context, clientv3.LeaseID) error) (clientv3.LeaseID, error) {
-	askCtx, cancel := context.WithTimeout(ctx, ttl)
-	defer cancel()
-	grant, err := c.Grant(askCtx, leaseSeconds(ttl))
-	if err != nil {
-		return 0, fmt.Errorf("grant a lease: %w", err)
-	}
-	if err := bind(askCtx, grant.ID); err != nil {
-		return grant.ID, err
-	}
-	alive, err := c.KeepAlive(ctx, grant.ID)
-	if err != nil {
-		return grant.ID, fmt.Errorf("keep lease %x alive: %w", grant.ID, err)
-	}
-	for range alive {
-	}
-	if ctx.Err() != nil {
-		return grant.ID, context.Cause(ctx)
-	}
-	return grant.ID, errLeaseLost
-}
-
 var errLeaseLost = errors.New("the lease was lost")
 
-// revoke gives a lease up, and with it the keys bound to it.
-func revoke(ctx context.Context, c *clientv3.Client, id clientv3.LeaseID) error {
-	if id == 0 {
+// grant makes a lease and calls bind, which puts keys under it. Both have etcdTimeout. When bind fails
+// the lease is given up again, for its keys may stand although the answer was lost.
+func grant(ctx context.Context, c *clientv3.Client, ttl time.Duration,
+	bind func(context.Context, clientv3.LeaseID) error) (clientv3.LeaseID, error) {
+	ctx, cancel := context.WithTimeout(ctx, etcdTimeout)
+	defer cancel()
+	lease, err := c.Grant(ctx, max(1, int64(ttl/time.Second))) // etcd counts in whole seconds
+	if err != nil {
+		return clientv3.NoLease, fmt.Errorf("grant a lease: %w", err)
+	}
+	if err := bind(ctx, lease.ID); err != nil {
+		return clientv3.NoLease, errors.Join(err, giveUp(ctx, c, lease.ID))
+	}
+	return lease.ID, nil
+}
+
+// giveUp revokes a lease even when ctx has ended.
+func giveUp(ctx context.Context, c *clientv3.Client, lease clientv3.LeaseID) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), revokeTimeout)
+	defer cancel()
+	return revoke(ctx, c, lease)
+}
+
+// keep keeps a lease alive until it is lost, which is the error, or ctx ends, which is nil.
+func keep(ctx context.Context, c *clientv3.Client, lease clientv3.LeaseID) error {
+	alive, err := c.KeepAlive(ctx, lease)
+	if err == nil {
+		for range alive {
+			// Each answer only says that the lease lives on; the channel is closed when it does not.
+		}
+		err = errLeaseLost
+	}
+	if ctx.Err() != nil {
 		return nil
 	}
-	if _, err := c.Revoke(ctx, id); err != nil {
-		return fmt.Errorf("revoke lease %x: %w", id, err)
+	return err
+}
+
+// revoke gives a lease up, and with it the keys bound to it.
+func revoke(ctx context.Context, c *clientv3.Client, lease clientv3.LeaseID) error {
+	if lease == clientv3.NoLease {
+		return nil
+	}
+	if _, err := c.Revoke(ctx, lease); err != nil {
+		return fmt.Errorf("revoke lease %x: %w", lease, err)
+	}
+	return nil
+}
+
+// newLosses returns the counter of losses of one of the gateway's leases.
+func newLosses(lease string) prometheus.Counter {
+	return prometheus.NewCounter(prometheus.CounterOpts{
+		Name:        "im_gateway_registry_lease_losses_total",
+		Help:        "How often a lease in etcd was lost: of the gateway's endpoint, or of its ownership of the downstream topic.",
+		ConstLabels: prometheus.Labels{"lease": lease},
+	})
+}
+
+// register registers collectors.
+func register(r prometheus.Registerer, collectors ...prometheus.Collector) error {
+	if r == nil {
+		return errors.New("register metrics: no registerer")
+	}
+	for _, c := range collectors {
+		if err := r.Register(c); err != nil {
+			return fmt.Errorf("register metrics: %w", err)
+		}
 	}
 	return nil
 }

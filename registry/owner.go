@@ -7,209 +7,240 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// ErrNotOwner is returned by Check when another process has raised the topic's epoch: this one must
-// not read the topic any more.
-var ErrNotOwner = errors.New("another process owns this gateway's downstream topic now")
+var (
+	// ErrNotOwner is returned by Check and Run when another process has taken the topic: this one must
+	// not read it any more.
+	ErrNotOwner = errors.New("another process owns this gateway's downstream topic now")
+	// ErrOwned is what Acquire reports while a live process holds the topic.
+	ErrOwned = errors.New("this gateway_id is in use")
+)
 
-// OwnerOptions configure an Owner.
+// ownedPoll is the longest that Acquire waits before it looks whether the other owner has gone.
+const ownedPoll = time.Second
+
+// OwnerOptions configure an Owner; all but Random are required.
 type OwnerOptions struct {
 	Client    *clientv3.Client
 	GatewayID string
-	Random    bool   // the id was made at this start, nobody will come back under it
-	Instance  string // unique per process
-	LeaseTTL  time.Duration
+	Random    bool          // the id was made at this start, nobody will come back under it
+	Instance  string        // unique per process
+	LeaseTTL  time.Duration // how long the owner's key outlives a crash; whole seconds, at least one
 	Logger    zerolog.Logger
 }
 
 // Owner is the right to read the gateway's downstream topic. The topic's entry in etcd carries an
-// epoch that every owner raises; the owner's own key is leased and names the process.
+// epoch that every owner raises, and names the process that raised it; it has no lease. The owner's
+// own key is leased: it says that the owner is alive, and keeps others out.
+//
+// Acquire first, then Run in a goroutine, Check from any, and Release after Run has returned.
 type Owner struct {
 	o        OwnerOptions
 	topicKey string
 	ownerKey string
-	epoch    int64
-	lease    clientv3.LeaseID
+	kind     string
+	losses   prometheus.Counter
+
+	epoch int64            // set by Acquire
+	lease clientv3.LeaseID // owned by Acquire, Run, Release in turn
 }
 
 // topicEntry is the value of the topic's key.
 type topicEntry struct {
-	Kind  string `json:"kind"` // random or configured
-	Epoch int64  `json:"epoch"`
+	Kind     string `json:"kind"` // random or configured
+	Epoch    int64  `json:"epoch"`
+	Instance string `json:"instance"` // who raised the epoch: an etcd that lost its data counts anew
+}
+
+// ownership is what etcd holds for the topic.
+type ownership struct {
+	entry         topicEntry
+	topicRevision int64  // 0: there is no entry
+	holder        string // the process that holds the owner's key
+	ownerRevision int64  // 0: nobody holds it
 }
 
 // NewOwner returns an Owner that has acquired nothing.
 func NewOwner(o OwnerOptions) *Owner {
-	return &Owner{o: o, topicKey: topicPrefix + o.GatewayID, ownerKey: ownerPrefix + o.GatewayID}
+	w := &Owner{
+		o: o, topicKey: topicPrefix + o.GatewayID, ownerKey: ownerPrefix + o.GatewayID,
+		kind: "configured", losses: newLosses("owner"),
+	}
+	if o.Random {
+		w.kind = "random"
+	}
+	return w
 }
 
-// Acquire takes the ownership, in one transaction. While another process holds the key it waits: a
-// predecessor that crashed loses its lease; waiting is called with the reason each time.
+// LeaseLosses counts how often the owner's lease was lost, for the caller to register.
+func (w *Owner) LeaseLosses() prometheus.Collector { return w.losses }
+
+// Acquire takes the ownership, in one transaction that raises the epoch. While etcd does not answer,
+// or another process holds the owner's key (a predecessor that crashed does so for its lease), it
+// waits and calls waiting with the reason, ErrOwned in the latter case. It returns when it has the
+// ownership, or with an error when ctx ends.
 func (w *Owner) Acquire(ctx context.Context, waiting func(error)) error {
 	retry := retryPolicy()
 	for {
-		err := w.try(ctx)
+		err := w.take(ctx)
 		if err == nil {
 			w.o.Logger.Info().Str("key", w.ownerKey).Int64("epoch", w.epoch).Msg("owns the downstream topic")
 			return nil
 		}
-		waiting(err)
-		if !pause(ctx, retry.NextBackOff()) {
-			return context.Cause(ctx)
+		if ctx.Err() != nil {
+			return fmt.Errorf("take the downstream topic: %w", context.Cause(ctx))
 		}
+		waiting(err)
+		d := retry.NextBackOff()
+		if errors.Is(err, ErrOwned) {
+			d = min(d, ownedPoll)
+		}
+		pause(ctx, d)
 	}
 }
 
-func (w *Owner) try(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+func (w *Owner) take(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, etcdTimeout)
 	defer cancel()
-	entry, revision, err := w.read(ctx)
+	now, err := w.read(ctx)
 	if err != nil {
 		return err
 	}
-	entry.Epoch++
-	entry.Kind = "configured"
-	if w.o.Random {
-		entry.Kind = "random"
+	// The key may be our own: of an attempt whose answer was lost.
+	if now.ownerRevision != 0 && now.holder != w.o.Instance {
+		return fmt.Errorf("%w: gateway_id %s is held by %s, which must stop or crash (its lease is then gone within %s), "+
+			"or this gateway needs another gateway_id", ErrOwned, w.o.GatewayID, now.holder, w.o.LeaseTTL)
 	}
-	value, err := json.Marshal(entry)
-	if err != nil {
-		return fmt.Errorf("topic entry: %w", err)
-	}
-	grant, err := w.o.Client.Grant(ctx, leaseSeconds(w.o.LeaseTTL))
-	if err != nil {
-		return fmt.Errorf("grant the owner's lease: %w", err)
-	}
-	resp, err := w.o.Client.Txn(ctx).
-		If(clientv3.Compare(clientv3.ModRevision(w.topicKey), "=", revision),
-			clientv3.Compare(clientv3.CreateRevision(w.ownerKey), "=", 0)).
-		Then(clientv3.OpPut(w.topicKey, string(value)),
-			clientv3.OpPut(w.ownerKey, w.o.Instance, clientv3.WithLease(grant.ID))).
-		Else(clientv3.OpGet(w.ownerKey)).
-		Commit()
-	if err == nil && resp.Succeeded {
-		w.epoch, w.lease = entry.Epoch, grant.ID
-		return nil
-	}
-	if rerr := revoke(ctx, w.o.Client, grant.ID); rerr != nil {
-		w.o.Logger.Debug().Err(rerr).Msg("unused lease left to expire")
-	}
-	if err != nil {
-		return fmt.Errorf("take %s: %w", w.ownerKey, err)
-	}
-	holder := "another process"
-	if kvs := resp.Responses[0].GetResponseRange().Kvs; len(kvs) > 0 {
-		holder = string(kvs[0].Value)
-	}
-	return fmt.Errorf("gateway_id %s is in use by %s: it must stop, or lose its lease of %s, or this one needs another gateway_id",
-		w.o.GatewayID, holder, w.o.LeaseTTL)
-}
-
-// read returns the topic's entry and its revision, 0 when there is none.
-func (w *Owner) read(ctx context.Context) (e topicEntry, revision int64, err error) {
-	resp, err := w.o.Client.Get(ctx, w.topicKey)
-	if err != nil {
-		return e, 0, fmt.Errorf("read %s: %w", w.topicKey, err)
-	}
-	if len(resp.Kvs) == 0 {
-		return e, 0, nil
-	}
-	if err := json.Unmarshal(resp.Kvs[0].Value, &e); err != nil {
-		return e, 0, fmt.Errorf("read %s: %w", w.topicKey, err)
-	}
-	return e, resp.Kvs[0].ModRevision, nil
-}
-
-// Check returns nil while the epoch is still this process's, ErrNotOwner when it is not, and another
-// error when etcd does not say.
-func (w *Owner) Check(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	entry, _, err := w.read(ctx)
-	if err != nil {
+	epoch := now.entry.Epoch + 1
+	if err := w.put(ctx, now, epoch); err != nil {
 		return err
 	}
-	if entry.Epoch != w.epoch {
-		return fmt.Errorf("%w: epoch %d, ours was %d", ErrNotOwner, entry.Epoch, w.epoch)
+	w.epoch = epoch
+	return nil
+}
+
+// read returns what stands now. A topic's entry that cannot be read is an error: to count anew over
+// it would undo the fencing.
+func (w *Owner) read(ctx context.Context) (now ownership, err error) {
+	resp, err := w.o.Client.Txn(ctx).Then(clientv3.OpGet(w.topicKey), clientv3.OpGet(w.ownerKey)).Commit()
+	if err != nil {
+		return now, fmt.Errorf("read %s: %w", w.topicKey, err)
+	}
+	for _, kv := range resp.Responses[0].GetResponseRange().Kvs {
+		if err := json.Unmarshal(kv.Value, &now.entry); err != nil {
+			return now, fmt.Errorf("read %s: %w", w.topicKey, err)
+		}
+		now.topicRevision = kv.ModRevision
+	}
+	for _, kv := range resp.Responses[1].GetResponseRange().Kvs {
+		now.holder, now.ownerRevision = string(kv.Value), kv.ModRevision
+	}
+	return now, nil
+}
+
+// put writes both keys, the owner's under a new lease, unless something has changed since now.
+func (w *Owner) put(ctx context.Context, now ownership, epoch int64) error {
+	value, err := json.Marshal(topicEntry{Kind: w.kind, Epoch: epoch, Instance: w.o.Instance})
+	if err != nil {
+		return fmt.Errorf("write %s: %w", w.topicKey, err)
+	}
+	lease, err := grant(ctx, w.o.Client, w.o.LeaseTTL, func(ctx context.Context, lease clientv3.LeaseID) error {
+		resp, err := w.o.Client.Txn(ctx).
+			If(clientv3.Compare(clientv3.ModRevision(w.topicKey), "=", now.topicRevision),
+				clientv3.Compare(clientv3.ModRevision(w.ownerKey), "=", now.ownerRevision)).
+			Then(clientv3.OpPut(w.topicKey, string(value)),
+				clientv3.OpPut(w.ownerKey, w.o.Instance, clientv3.WithLease(lease))).
+			Commit()
+		if err == nil && !resp.Succeeded {
+			err = errors.New("it changed meanwhile")
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("write %s: %w", w.ownerKey, err)
+	}
+	w.lease = lease
+	return nil
+}
+
+// mine returns nil when what stands is this process's: the last to take the topic.
+func (w *Owner) mine(now ownership) error {
+	if now.topicRevision != 0 && (now.entry.Epoch != w.epoch || now.entry.Instance != w.o.Instance) {
+		return fmt.Errorf("%w: epoch %d of %s, ours was %d", ErrNotOwner, now.entry.Epoch, now.entry.Instance, w.epoch)
 	}
 	return nil
 }
 
+// Check asks etcd whether the topic is still this process's, after Acquire. It returns nil when it is,
+// ErrNotOwner when another has taken it, and another error when etcd does not say: then ask again
+// before reading the topic.
+func (w *Owner) Check(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	defer cancel()
+	now, err := w.read(ctx)
+	if err != nil {
+		return err
+	}
+	if now.topicRevision == 0 {
+		return fmt.Errorf("%s is gone: etcd has lost its data and Run has not put it back yet", w.topicKey)
+	}
+	return w.mine(now)
+}
+
 // Run keeps the owner's key alive, after Acquire, until ctx ends. A lost lease is granted anew as
-// long as the epoch is ours; when it is not, Run returns ErrNotOwner. It does not give the key up:
-// Release does.
+// long as the topic is this process's; when it is not, Run returns ErrNotOwner. It does not give the
+// key up: Release does.
 func (w *Owner) Run(ctx context.Context) error {
-	retry := retryPolicy()
-	lease := w.lease
-	for ctx.Err() == nil {
-		alive, err := w.o.Client.KeepAlive(ctx, lease)
+	for {
+		err := keep(ctx, w.o.Client, w.lease)
 		if err == nil {
-			for range alive {
-				retry.Reset()
-			}
-			err = errLeaseLost
+			return nil
 		}
-		if ctx.Err() != nil {
-			break
-		}
-		w.o.Logger.Warn().Err(err).Str("key", w.ownerKey).Msg("owner's lease lost, checking the epoch")
+		w.losses.Inc()
+		w.o.Logger.Warn().Err(err).Str("key", w.ownerKey).Msg("owner's lease lost")
+		retry := retryPolicy()
 		for {
-			if lease, err = w.again(ctx); err == nil {
-				w.o.Logger.Info().Str("key", w.ownerKey).Msg("owner's key is back")
+			err := w.again(ctx)
+			if err == nil {
+				w.o.Logger.Info().Str("key", w.ownerKey).Int64("epoch", w.epoch).Msg("owner's key is back")
 				break
 			}
 			if errors.Is(err, ErrNotOwner) {
 				return err
 			}
-			if !pause(ctx, retry.NextBackOff()) {
+			if ctx.Err() != nil {
 				return nil
 			}
+			w.o.Logger.Warn().Err(err).Str("key", w.ownerKey).Msg("owner's key not put back, trying again")
+			pause(ctx, retry.NextBackOff())
 		}
 	}
+}
+
+// again puts the owner's key back, and the topic's entry with it: an etcd that lost its data has none.
+func (w *Owner) again(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, etcdTimeout)
+	defer cancel()
+	now, err := w.read(ctx)
+	if err != nil {
+		return err
+	}
+	if err := w.mine(now); err != nil {
+		return err
+	}
+	return w.put(ctx, now, w.epoch)
+}
+
+// Release gives the owner's key up, and nobody else's. Call it last, after Run has returned; when it
+// fails, the key goes with its lease.
+func (w *Owner) Release(ctx context.Context) error {
+	if err := revoke(ctx, w.o.Client, w.lease); err != nil {
+		return fmt.Errorf("give %s up: %w", w.ownerKey, err)
+	}
+	w.o.Logger.Info().Str("key", w.ownerKey).Msg("gave the downstream topic up")
 	return nil
 }
-
-// again puts the owner's key back under a new lease, in a transaction that holds the epoch.
-func (w *Owner) again(ctx context.Context) (clientv3.LeaseID, error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	entry, revision, err := w.read(ctx)
-	if err != nil {
-		return 0, err
-	}
-	if revision != 0 && entry.Epoch != w.epoch {
-		return 0, fmt.Errorf("%w: epoch %d, ours was %d", ErrNotOwner, entry.Epoch, w.epoch)
-	}
-	kind := "configured"
-	if w.o.Random {
-		kind = "random"
-	}
-	value, err := json.Marshal(topicEntry{Kind: kind, Epoch: w.epoch})
-	if err != nil {
-		return 0, fmt.Errorf("topic entry: %w", err)
-	}
-	grant, err := w.o.Client.Grant(ctx, leaseSeconds(w.o.LeaseTTL))
-	if err != nil {
-		return 0, fmt.Errorf("grant the owner's lease: %w", err)
-	}
-	// The topic's entry is put again: an etcd that lost its data has none.
-	resp, err := w.o.Client.Txn(ctx).
-		If(clientv3.Compare(clientv3.ModRevision(w.topicKey), "=", revision)).
-		Then(clientv3.OpPut(w.topicKey, string(value)),
-			clientv3.OpPut(w.ownerKey, w.o.Instance, clientv3.WithLease(grant.ID))).
-		Commit()
-	switch {
-	case err != nil:
-		return 0, fmt.Errorf("put %s back: %w", w.ownerKey, err)
-	case !resp.Succeeded:
-		return 0, fmt.Errorf("put %s back: the topic's entry changed meanwhile", w.ownerKey)
-	}
-	w.lease = grant.ID
-	return grant.ID, nil
-}
-
-// Release gives the owner's key up. Call it last, after Run has returned.
-func (w *Owner) Release(ctx context.Context) error { return revoke(ctx, w.o.Client, w.lease) }

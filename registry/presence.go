@@ -2,10 +2,10 @@ package registry
 
 import (
 	"context"
-	"crypto/tls"
+	"crypto/sha1"
+	"encoding/hex"
 	"errors"
 	"fmt"
-	"net"
 	"strconv"
 	"time"
 
@@ -17,89 +17,55 @@ import (
 // enough that Redis, which runs a pipeline's scripts in one go, is never held for long.
 const presenceChunk = 500
 
-// The scripts. KEYS[1] is the user's entry; the first arguments are gateway, session and TTL in ms.
+// The scripts, each on the one key of a user's entry, as Redis Cluster demands. ARGV: gateway_id,
+// session_id, TTL in ms, connected_at, version. A version that is no number counts as none: an entry
+// written by hand must not keep its user out.
 //
 // claim takes a version above any that was there, at least Redis' own clock in microseconds, so that
-// versions also rise across a loss of the data, and returns it with the previous gateway and session.
+// versions also rise across a loss of the data; such numbers are exact in Lua until the year 2255. It
+// returns the version with the previous gateway and session.
 const claimScript = `
 local prev = redis.call('HMGET', KEYS[1], 'gateway_id', 'session_id', 'version')
-local t = redis.call('TIME')
-local version = t[1] * 1000000 + t[2]
-if prev[3] and tonumber(prev[3]) >= version then version = tonumber(prev[3]) + 1 end
+local now = redis.call('TIME')
+local version = math.max(tonumber(now[1]) * 1000000 + tonumber(now[2]), (tonumber(prev[3] or '') or 0) + 1)
 local text = string.format('%.0f', version)
 redis.call('HSET', KEYS[1], 'gateway_id', ARGV[1], 'session_id', ARGV[2], 'connected_at', ARGV[4], 'version', text)
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return {text, prev[1] or '', prev[2] or ''}`
 
-// refresh writes the entry again where it is missing or older, extends it where it is the caller's, and
-// returns 1; 0 where a newer one stands.
+// refresh returns 1 where the entry is the caller's, and extends it; 2 where it was missing or older,
+// and writes the caller's again; 0 where a newer one stands.
 const refreshScript = `
-local prev = redis.call('HMGET', KEYS[1], 'session_id', 'version')
-if prev[2] then
-  local stored, mine = tonumber(prev[2]), tonumber(ARGV[5])
-  if stored > mine or (stored == mine and prev[1] ~= ARGV[2]) then return 0 end
-  if stored == mine then
-    redis.call('PEXPIRE', KEYS[1], ARGV[3])
-    return 1
-  end
+local prev = redis.call('HMGET', KEYS[1], 'gateway_id', 'session_id', 'version')
+local stored, mine = tonumber(prev[3] or '') or 0, tonumber(ARGV[5])
+if stored > mine then return 0 end
+if stored == mine then
+  if prev[1] ~= ARGV[1] or prev[2] ~= ARGV[2] then return 0 end
+  redis.call('PEXPIRE', KEYS[1], ARGV[3])
+  return 1
 end
 redis.call('HSET', KEYS[1], 'gateway_id', ARGV[1], 'session_id', ARGV[2], 'connected_at', ARGV[4], 'version', ARGV[5])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
-return 1`
+return 2`
 
-// release deletes the entry where it is the caller's.
+// release deletes the entry where it is the caller's, and returns how many it deleted.
 const releaseScript = `
 local prev = redis.call('HMGET', KEYS[1], 'gateway_id', 'session_id')
 if prev[1] == ARGV[1] and prev[2] == ARGV[2] then return redis.call('DEL', KEYS[1]) end
 return 0`
-
-// RedisOptions say how Redis is reached.
-type RedisOptions struct {
-	Addrs              []string // one server, the Sentinels, or nodes of a Cluster
-	Username, Password string
-	SentinelMaster     string      // set: Addrs are Sentinels
-	Cluster            bool        // Addrs are nodes of a Cluster
-	TLS                *tls.Config // nil: none
-}
-
-// DialRedis returns a client, connected. The caller closes it.
-func DialRedis(o RedisOptions) (rueidis.Client, error) {
-	opt := rueidis.ClientOption{
-		InitAddress:       o.Addrs,
-		Username:          o.Username,
-		Password:          o.Password,
-		TLSConfig:         o.TLS,
-		DisableCache:      true,
-		ForceSingleClient: !o.Cluster && o.SentinelMaster == "",
-		Dialer:            net.Dialer{Timeout: 3 * time.Second, KeepAlive: 15 * time.Second},
-		ConnWriteTimeout:  5 * time.Second,
-		// One pipelined connection keeps the order of a user's operations.
-		PipelineMultiplex: -1,
-		// What failed is tried again by the shard, with its newest state.
-		DisableRetry: true,
-	}
-	if o.SentinelMaster != "" {
-		opt.Sentinel = rueidis.SentinelOption{MasterSet: o.SentinelMaster, TLSConfig: o.TLS}
-	}
-	c, err := rueidis.NewClient(opt)
-	if err != nil {
-		return nil, fmt.Errorf("connect to Redis at %v: %w", o.Addrs, err)
-	}
-	return c, nil
-}
 
 // Entry is one user's presence.
 type Entry struct {
 	User        string
 	Session     string
 	ConnectedAt int64 // Unix ms
-	Version     int64
+	Version     int64 // what the claim returned; a claim itself ignores it
 }
 
 // Claimed is the answer to a claim.
 type Claimed struct {
 	Version     int64
-	PrevGateway string // empty: there was no entry
+	PrevGateway string // empty: there was no entry, or it was this very session's
 	PrevSession string
 	Err         error
 }
@@ -110,22 +76,42 @@ type Refreshed struct {
 	Err        error
 }
 
+// Location is where a user is.
+type Location struct {
+	GatewayID   string
+	Session     string
+	ConnectedAt int64 // Unix ms
+	Version     int64
+}
+
 // PresenceOptions configure a Presence.
 type PresenceOptions struct {
 	Client     rueidis.Client
 	GatewayID  string
-	TTL        time.Duration
+	TTL        time.Duration // how long an entry outlives its last refresh; at least 1 s
 	Registerer prometheus.Registerer
 }
 
 // Presence keeps user_session:ID entries. All methods may be called from any goroutine; each sends
-// its operations in pipelined chunks and returns one answer per entry, in their order.
+// its operations in pipelined chunks, in their order, and returns one answer per entry. An error says
+// that Redis has not answered for this entry: the operation may or may not have been done, and may
+// be repeated.
 type Presence struct {
 	o                       PresenceOptions
-	ttl                     string
-	claim, refresh, release *rueidis.Lua
-	seconds                 *prometheus.HistogramVec
-	ops                     *prometheus.CounterVec
+	ttl                     string // ms
+	claim, refresh, release *operation
+	lookups                 [2]prometheus.Counter // absent, present
+	lookupErrors            prometheus.Counter
+}
+
+// operation is one of the scripts with its metrics.
+type operation struct {
+	name    string
+	script  string
+	sha1    string
+	results []prometheus.Counter // by what read returns
+	failed  prometheus.Counter
+	seconds prometheus.Observer
 }
 
 // NewPresence validates the options.
@@ -133,116 +119,176 @@ func NewPresence(o PresenceOptions) (*Presence, error) {
 	if o.TTL < time.Second {
 		return nil, fmt.Errorf("presence TTL: %s, must be at least 1s", o.TTL)
 	}
+	if o.GatewayID == "" {
+		return nil, errors.New("presence: no gateway_id")
+	}
+	seconds := prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name:    "im_gateway_presence_seconds",
+		Help:    "Time of one pipelined chunk of presence operations, by kind.",
+		Buckets: prometheus.ExponentialBuckets(0.0002, 2.5, 11),
+	}, []string{"kind"})
+	ops := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "im_gateway_presence_operations_total",
+		Help: "Presence operations by kind and result. claim: new, replaced. refresh: extended, written_again (the " +
+			"entry was missing or older), superseded. release: deleted, not_ours. lookup: present, absent. All: error.",
+	}, []string{"kind", "result"})
+	operation := func(name, script string, results ...string) *operation {
+		sum := sha1.Sum([]byte(script))
+		op := &operation{
+			name: name, script: script, sha1: hex.EncodeToString(sum[:]),
+			failed: ops.WithLabelValues(name, "error"), seconds: seconds.WithLabelValues(name),
+		}
+		for _, r := range results {
+			op.results = append(op.results, ops.WithLabelValues(name, r))
+		}
+		return op
+	}
 	p := &Presence{
 		o: o, ttl: strconv.FormatInt(o.TTL.Milliseconds(), 10),
-		claim:   rueidis.NewLuaScript(claimScript),
-		refresh: rueidis.NewLuaScript(refreshScript),
-		release: rueidis.NewLuaScript(releaseScript),
-		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "im_gateway_presence_seconds", Help: "Time of one pipelined chunk of presence operations.",
-			Buckets: prometheus.ExponentialBuckets(0.0002, 2.5, 11),
-		}, []string{"kind"}),
-		ops: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "im_gateway_presence_operations_total", Help: "Presence operations by kind and result.",
-		}, []string{"kind", "result"}),
+		claim:        operation("claim", claimScript, "new", "replaced"),
+		refresh:      operation("refresh", refreshScript, "superseded", "extended", "written_again"),
+		release:      operation("release", releaseScript, "not_ours", "deleted"),
+		lookups:      [2]prometheus.Counter{ops.WithLabelValues("lookup", "absent"), ops.WithLabelValues("lookup", "present")},
+		lookupErrors: ops.WithLabelValues("lookup", "error"),
 	}
-	for _, c := range []prometheus.Collector{p.seconds, p.ops} {
-		if err := o.Registerer.Register(c); err != nil {
-			return nil, fmt.Errorf("register the presence metrics: %w", err)
-		}
-	}
-	return p, nil
-}
-
-// RedisReachable asks Redis once.
-func RedisReachable(ctx context.Context, c rueidis.Client) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
-	if err := c.Do(ctx, c.B().Ping().Build()).Error(); err != nil {
-		return fmt.Errorf("ping Redis: %w", err)
-	}
-	return nil
+	return p, register(o.Registerer, seconds, ops)
 }
 
 // PresenceKey is the key of a user's entry.
 func PresenceKey(user string) string { return "user_session:" + user }
 
-// exec runs one script for all entries and calls f with each answer.
-func (p *Presence) exec(ctx context.Context, kind string, script *rueidis.Lua, entries []Entry,
-	f func(i int, r rueidis.RedisResult) error) {
-	calls := make([]rueidis.LuaExec, 0, min(len(entries), presenceChunk))
-	for from := 0; from < len(entries); from += presenceChunk {
-		chunk := entries[from:min(from+presenceChunk, len(entries))]
-		calls = calls[:0]
-		for _, e := range chunk {
-			calls = append(calls, rueidis.LuaExec{
-				Keys: []string{PresenceKey(e.User)},
-				Args: []string{p.o.GatewayID, e.Session, p.ttl,
-					strconv.FormatInt(e.ConnectedAt, 10), strconv.FormatInt(e.Version, 10)},
-			})
-		}
-		began := time.Now()
-		failed := 0
-		for i, r := range script.ExecMulti(ctx, p.o.Client, calls...) {
-			if err := f(from+i, r); err != nil {
-				failed++
-			}
-		}
-		p.seconds.WithLabelValues(kind).Observe(time.Since(began).Seconds())
-		p.ops.WithLabelValues(kind, "ok").Add(float64(len(chunk) - failed))
-		p.ops.WithLabelValues(kind, "error").Add(float64(failed))
-	}
-}
-
-// Claim makes each entry the caller's.
+// Claim makes each entry this gateway's, whoever had it.
 func (p *Presence) Claim(ctx context.Context, entries []Entry) []Claimed {
 	out := make([]Claimed, len(entries))
-	p.exec(ctx, "claim", p.claim, entries, func(i int, r rueidis.RedisResult) error {
-		out[i] = readClaim(r)
-		return out[i].Err
-	})
+	p.exec(ctx, p.claim, entries, func(i int, r rueidis.RedisResult) (int, error) {
+		c, err := readClaim(r)
+		if c.PrevGateway == p.o.GatewayID && c.PrevSession == entries[i].Session {
+			c.PrevGateway, c.PrevSession = "", "" // a claim whose answer was lost, repeated
+		}
+		c.Err = err
+		out[i] = c
+		if c.PrevGateway != "" {
+			return 1, err
+		}
+		return 0, err
+	}, func(i int, err error) { out[i].Err = err })
 	return out
 }
 
-func readClaim(r rueidis.RedisResult) (c Claimed) {
+func readClaim(r rueidis.RedisResult) (Claimed, error) {
 	parts, err := r.AsStrSlice()
-	switch {
-	case err != nil:
-		c.Err = fmt.Errorf("claim presence: %w", err)
-	case len(parts) != 3:
-		c.Err = errors.New("claim presence: unexpected answer of Redis")
-	default:
-		if c.Version, err = strconv.ParseInt(parts[0], 10, 64); err != nil {
-			c.Err = fmt.Errorf("claim presence: version: %w", err)
-		}
-		c.PrevGateway, c.PrevSession = parts[1], parts[2]
+	if err != nil {
+		return Claimed{}, err
 	}
-	return c
+	if len(parts) != 3 {
+		return Claimed{}, errors.New("unexpected answer of Redis")
+	}
+	version, err := strconv.ParseInt(parts[0], 10, 64)
+	if err != nil {
+		return Claimed{}, fmt.Errorf("version: %w", err)
+	}
+	return Claimed{Version: version, PrevGateway: parts[1], PrevSession: parts[2]}, nil
 }
 
-// Refresh extends each entry, which carries the version that its claim was given.
+// Refresh extends each entry, which carries the version that its claim was given, and writes those
+// again that are missing or older.
 func (p *Presence) Refresh(ctx context.Context, entries []Entry) []Refreshed {
 	out := make([]Refreshed, len(entries))
-	p.exec(ctx, "refresh", p.refresh, entries, func(i int, r rueidis.RedisResult) error {
-		mine, err := r.AsInt64()
-		if err != nil {
-			out[i].Err = fmt.Errorf("refresh presence: %w", err)
-		} else {
-			out[i].Superseded = mine == 0
-		}
-		return err
-	})
+	p.exec(ctx, p.refresh, entries, func(i int, r rueidis.RedisResult) (int, error) {
+		n, err := r.AsInt64()
+		out[i].Superseded = err == nil && n == 0
+		return int(n), err
+	}, func(i int, err error) { out[i].Err = err })
 	return out
 }
 
-// Release deletes each entry that is still the caller's.
+// Release deletes each entry that is still this gateway's and of that session.
 func (p *Presence) Release(ctx context.Context, entries []Entry) []error {
 	out := make([]error, len(entries))
-	p.exec(ctx, "release", p.release, entries, func(i int, r rueidis.RedisResult) error {
-		if err := r.Error(); err != nil {
-			out[i] = fmt.Errorf("release presence: %w", err)
-		}
-		return out[i]
-	})
+	p.exec(ctx, p.release, entries, func(_ int, r rueidis.RedisResult) (int, error) {
+		n, err := r.AsInt64()
+		return int(n), err
+	}, func(i int, err error) { out[i] = err })
 	return out
+}
+
+// exec runs an operation for all entries. read takes the answer of entry i and returns which of the
+// operation's results it is; failed is told its error.
+func (p *Presence) exec(ctx context.Context, op *operation, entries []Entry,
+	read func(i int, r rueidis.RedisResult) (int, error), failed func(i int, err error)) {
+	for from := 0; from < len(entries); from += presenceChunk {
+		chunk := entries[from:min(from+presenceChunk, len(entries))]
+		began := time.Now()
+		answers := p.send(ctx, op, chunk)
+		op.seconds.Observe(time.Since(began).Seconds())
+		for i, r := range answers {
+			result, err := read(from+i, r)
+			if err != nil {
+				op.failed.Inc()
+				failed(from+i, fmt.Errorf("%s presence: %w", op.name, err))
+				continue
+			}
+			op.results[result].Inc()
+		}
+	}
+}
+
+// send runs the script by its hash, and where a server does not have it (a restart, SCRIPT FLUSH, a
+// failover) by its text, which that server then keeps. Only the servers that own the keys are asked.
+func (p *Presence) send(ctx context.Context, op *operation, chunk []Entry) []rueidis.RedisResult {
+	c := p.o.Client
+	cmds := make(rueidis.Commands, 0, len(chunk))
+	for i := range chunk {
+		e := &chunk[i]
+		cmds = append(cmds, c.B().Evalsha().Sha1(op.sha1).Numkeys(1).Key(PresenceKey(e.User)).Arg(p.args(e)...).Build())
+	}
+	answers := c.DoMulti(ctx, cmds...)
+	var unknown []int
+	for i := range answers {
+		if e, ok := rueidis.IsRedisErr(answers[i].Error()); ok && e.IsNoScript() {
+			unknown = append(unknown, i)
+		}
+	}
+	if len(unknown) == 0 {
+		return answers
+	}
+	cmds = make(rueidis.Commands, 0, len(unknown))
+	for _, i := range unknown {
+		e := &chunk[i]
+		cmds = append(cmds, c.B().Eval().Script(op.script).Numkeys(1).Key(PresenceKey(e.User)).Arg(p.args(e)...).Build())
+	}
+	for k, answer := range c.DoMulti(ctx, cmds...) {
+		answers[unknown[k]] = answer
+	}
+	return answers
+}
+
+func (p *Presence) args(e *Entry) []string {
+	return []string{
+		p.o.GatewayID, e.Session, p.ttl, strconv.FormatInt(e.ConnectedAt, 10), strconv.FormatInt(e.Version, 10),
+	}
+}
+
+// Lookup returns where a user is; false: nowhere.
+func (p *Presence) Lookup(ctx context.Context, user string) (Location, bool, error) {
+	c := p.o.Client
+	fields, err := c.Do(ctx, c.B().Hmget().Key(PresenceKey(user)).
+		Field("gateway_id", "session_id", "connected_at", "version").Build()).AsStrSlice()
+	if err == nil && len(fields) != 4 {
+		err = errors.New("unexpected answer of Redis")
+	}
+	if err != nil {
+		p.lookupErrors.Inc()
+		return Location{}, false, fmt.Errorf("look presence up: %w", err)
+	}
+	if fields[0] == "" {
+		p.lookups[0].Inc()
+		return Location{}, false, nil
+	}
+	p.lookups[1].Inc()
+	at := Location{GatewayID: fields[0], Session: fields[1]}
+	// Zero when somebody else wrote something else: where the user is, is known all the same.
+	at.ConnectedAt, _ = strconv.ParseInt(fields[2], 10, 64)
+	at.Version, _ = strconv.ParseInt(fields[3], 10, 64)
+	return at, true, nil
 }

@@ -2,26 +2,31 @@ package registry
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/rs/zerolog"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"go.etcd.io/etcd/client/v3/naming/endpoints"
 	"google.golang.org/grpc/resolver"
 )
 
 // NewResolver returns the builder of the etcd scheme: etcd:///NAME resolves to the endpoints that
 // are registered under NAME. When the last of them goes, the last addresses are kept: etcd may have
-// lost its leases while the servers live on, and an empty list would fail every call at once.
+// lost its leases while the servers live on, and an empty list would fail every call at once. As long
+// as no address has been known, calls fail with UNAVAILABLE.
 func NewResolver(c *clientv3.Client, log zerolog.Logger) resolver.Builder {
-	return &builder{client: c, log: log}
+	return &builder{client: c, log: log, resync: resyncEvery}
 }
 
 type builder struct {
 	client *clientv3.Client
 	log    zerolog.Logger
+	resync time.Duration
 }
 
 // Scheme implements resolver.Builder.
@@ -29,33 +34,31 @@ func (*builder) Scheme() string { return "etcd" }
 
 // Build implements resolver.Builder.
 func (b *builder) Build(target resolver.Target, cc resolver.ClientConn, _ resolver.BuildOptions) (resolver.Resolver, error) {
-	name := strings.TrimPrefix(target.URL.Path, "/")
+	name := strings.Trim(target.Endpoint(), "/")
 	if name == "" {
-		name = target.URL.Opaque
-	}
-	m, err := endpoints.NewManager(b.client, name)
-	if err != nil {
-		return nil, fmt.Errorf("resolve %s: %w", name, err)
+		return nil, fmt.Errorf("resolve %s: no name after etcd:///", target.URL.String())
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	w := &watcher{name: name, manager: m, cc: cc, log: b.log, cancel: cancel, all: map[string]string{}}
-	w.wg.Go(func() { w.run(ctx) })
+	w := &watcher{name: name, cc: cc, log: b.log, cancel: cancel}
+	f := &follower{client: b.client, name: name, resync: b.resync, log: b.log, changed: w.changed, failed: w.failed}
+	w.wg.Go(func() { f.run(ctx) })
 	return w, nil
 }
 
 // watcher feeds one gRPC connection with addresses.
 type watcher struct {
-	name    string
-	manager endpoints.Manager
-	cc      resolver.ClientConn
-	log     zerolog.Logger
-	cancel  context.CancelFunc
-	wg      sync.WaitGroup
-	all     map[string]string // address by key; owned by run
-	known   bool              // there has been an address
+	name   string
+	cc     resolver.ClientConn
+	log    zerolog.Logger
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	// owned by the follower's goroutine
+	addrs []string // what gRPC was given last, sorted
+	empty bool     // etcd has none, addrs are what it had
 }
 
-// ResolveNow implements resolver.Resolver; the watch is always current.
+// ResolveNow implements resolver.Resolver; what was given is always current.
 func (*watcher) ResolveNow(resolver.ResolveNowOptions) {}
 
 // Close implements resolver.Resolver.
@@ -64,62 +67,36 @@ func (w *watcher) Close() {
 	w.wg.Wait()
 }
 
-func (w *watcher) run(ctx context.Context) {
-	retry := retryPolicy()
-	for ctx.Err() == nil {
-		updates, err := w.manager.NewWatchChannel(ctx)
-		if err != nil {
-			w.cc.ReportError(fmt.Errorf("find %s in etcd: %w", w.name, err))
-		} else {
-			// A new watch begins with all that is there now, and says nothing when that is nothing.
-			clear(w.all)
-			if there, err := w.manager.List(ctx); err == nil && len(there) == 0 {
-				w.none()
-			}
-			for batch := range updates {
-				retry.Reset()
-				w.apply(batch)
-			}
-		}
-		if !pause(ctx, retry.NextBackOff()) {
-			return
-		}
+func (w *watcher) failed(err error) {
+	if len(w.addrs) == 0 {
+		w.cc.ReportError(err)
 	}
 }
 
-// none is called when nothing is registered: calls fail at once when there never was an address,
-// and go to the last ones when there was.
-func (w *watcher) none() {
-	if w.known {
-		w.log.Warn().Str("name", w.name).Msg("no endpoint is registered in etcd any more, keeping the last addresses")
+func (w *watcher) changed(all map[string]string) {
+	addrs := slices.Compact(slices.Sorted(maps.Values(all)))
+	switch {
+	case len(addrs) == 0 && len(w.addrs) == 0:
+		w.cc.ReportError(errors.New("no " + w.name + " is registered in etcd"))
 		return
-	}
-	w.cc.ReportError(fmt.Errorf("no instance of %s is registered in etcd", w.name))
-}
-
-func (w *watcher) apply(batch []*endpoints.Update) {
-	for _, u := range batch {
-		switch u.Op {
-		case endpoints.Add:
-			w.all[u.Key] = u.Endpoint.Addr
-		case endpoints.Delete:
-			delete(w.all, u.Key)
+	case len(addrs) == 0:
+		if !w.empty {
+			w.log.Warn().Str("name", w.name).Strs("addrs", w.addrs).
+				Msg("none is registered in etcd any more, keeping the last addresses")
 		}
-	}
-	if len(w.all) == 0 {
-		w.none()
+		w.empty = true
+		return
+	case slices.Equal(addrs, w.addrs):
+		w.empty = false
 		return
 	}
-	w.known = true
+	w.addrs, w.empty = addrs, false
+	w.log.Info().Str("name", w.name).Strs("addrs", addrs).Msg("addresses found in etcd")
 	state := resolver.State{}
-	seen := map[string]bool{}
-	for _, addr := range w.all {
-		if !seen[addr] {
-			seen[addr] = true
-			state.Endpoints = append(state.Endpoints, resolver.Endpoint{Addresses: []resolver.Address{{Addr: addr}}})
-		}
+	for _, addr := range addrs {
+		state.Endpoints = append(state.Endpoints, resolver.Endpoint{Addresses: []resolver.Address{{Addr: addr}}})
 	}
 	if err := w.cc.UpdateState(state); err != nil {
-		w.log.Debug().Err(err).Str("name", w.name).Msg("addresses not taken")
+		w.log.Warn().Err(err).Str("name", w.name).Msg("addresses not taken")
 	}
 }

@@ -1,0 +1,68 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/rs/zerolog"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// ErrUnknownGateway is returned when no gateway of that id is registered.
+var ErrUnknownGateway = errors.New("no gateway of this id is registered")
+
+// Gateways knows the gRPC addresses of all gateways, and goes on knowing them while etcd is away.
+type Gateways struct {
+	client *clientv3.Client
+	log    zerolog.Logger
+	resync time.Duration
+	addrs  atomic.Pointer[map[string]string] // by gateway_id; nil: not read yet
+}
+
+// NewGateways returns a Gateways that asks etcd each time until Run has read them.
+func NewGateways(c *clientv3.Client, log zerolog.Logger) *Gateways {
+	return &Gateways{client: c, log: log, resync: resyncEvery}
+}
+
+// Run follows the registrations until ctx ends. No failure of etcd ends it.
+func (g *Gateways) Run(ctx context.Context) {
+	f := &follower{
+		client: g.client, name: endpointPrefix, resync: g.resync, log: g.log,
+		changed: func(all map[string]string) { g.addrs.Store(&all) },
+		failed:  func(error) {},
+	}
+	f.run(ctx)
+}
+
+// Addr returns the gRPC address of a gateway, or ErrUnknownGateway. It may be called from any
+// goroutine; it blocks only while nothing has been read yet.
+func (g *Gateways) Addr(ctx context.Context, gatewayID string) (string, error) {
+	all := g.addrs.Load()
+	if all == nil {
+		return GatewayAddr(ctx, g.client, gatewayID)
+	}
+	addr, ok := (*all)[gatewayID]
+	if !ok {
+		return "", fmt.Errorf("gateway %s: %w", gatewayID, ErrUnknownGateway)
+	}
+	return addr, nil
+}
+
+// GatewayAddr asks etcd for the gRPC address of one gateway.
+func GatewayAddr(ctx context.Context, c *clientv3.Client, gatewayID string) (string, error) {
+	resp, err := c.Get(ctx, endpointPrefix+"/"+gatewayID)
+	if err != nil {
+		return "", fmt.Errorf("look gateway %s up: %w", gatewayID, err)
+	}
+	if len(resp.Kvs) == 0 {
+		return "", fmt.Errorf("gateway %s: %w", gatewayID, ErrUnknownGateway)
+	}
+	addr, err := endpointAddr(resp.Kvs[0].Value)
+	if err != nil {
+		return "", fmt.Errorf("gateway %s: %w", gatewayID, err)
+	}
+	return addr, nil
+}
