@@ -20,7 +20,7 @@ import (
 // Bounds of connections handed to net/http.
 const (
 	bridgeInput   = 256 << 10 // bytes read from the socket and not by net/http; beyond it: closed
-	bridgeOutput  = 1 << 20   // bytes that a slow reader may leave unread
+	bridgeOutput  = 64 << 10  // bytes that wait for a slow reader; beyond it: writes wait
 	acceptQueue   = 1024      // connections handed over and not taken yet; beyond it: 503
 	httpIdle      = 60 * time.Second
 	httpRead      = 15 * time.Second
@@ -125,7 +125,7 @@ func (f *httpFront) handBack(w http.ResponseWriter, r *http.Request) {
 	}
 	head := requestHead(r)
 	cn := b.cn
-	if !cn.l.execute(func() { cn.takeBack(b, head, rest) }) {
+	if !cn.l.executeFor(cn, func() { cn.takeBack(b, head, rest) }) {
 		_ = conn.Close()
 	}
 }
@@ -205,6 +205,7 @@ type bridge struct {
 	gone          chan struct{} // closed by hangUp
 	readBy        *bridgeDeadline
 	writeBy       *bridgeDeadline
+	held          *bridgeWrite // owned by the loop: the Write that waits for a slow reader
 
 	mu    sync.Mutex
 	in    []byte
@@ -287,16 +288,12 @@ func (b *bridge) Write(p []byte) (int, error) {
 	default:
 	}
 	cn := b.cn
-	written := make(chan error, 1)
-	own := append([]byte(nil), p...) // the loop may still hold it when the deadline has passed
-	if !cn.l.execute(func() { written <- cn.writeBridged(b, own) }) {
+	w := &bridgeWrite{p: append([]byte(nil), p...), done: make(chan struct{})} // the loop may hold it longer
+	if !cn.l.executeFor(cn, func() { cn.writeBridged(b, w) }) {
 		return 0, net.ErrClosed
 	}
 	select {
-	case err := <-written:
-		if err != nil {
-			return 0, err
-		}
+	case <-w.done:
 		return len(p), nil
 	case <-b.gone:
 		return 0, net.ErrClosed
@@ -305,26 +302,42 @@ func (b *bridge) Write(p []byte) (int, error) {
 	}
 }
 
-func (cn *conn) writeBridged(b *bridge, p []byte) error {
+// bridgeWrite is one Write on its way through the loop.
+type bridgeWrite struct {
+	p    []byte
+	done chan struct{} // closed when there is room for the next
+}
+
+func (cn *conn) writeBridged(b *bridge, w *bridgeWrite) {
 	if cn.bridge != b || cn.state != stateBridged {
-		return net.ErrClosed
+		return // b is gone
 	}
-	cn.write(p)
-	if cn.state == stateBridged && cn.c.OutboundBuffered() > bridgeOutput {
-		b.hangUp()
-		cn.cut()
-	}
+	cn.write(w.p)
 	if cn.state != stateBridged {
-		return net.ErrClosed
+		return
 	}
-	return nil
+	if cn.c.OutboundBuffered() > bridgeOutput {
+		b.held = w // until tickBacklog finds room
+		return
+	}
+	close(w.done)
+}
+
+// release lets a Write return that waits for room; on the loop.
+func (b *bridge) release() {
+	if b.held != nil {
+		close(b.held.done)
+		b.held = nil
+	}
 }
 
 // Close implements net.Conn: what was written still reaches the peer.
 func (b *bridge) Close() error {
 	b.hangUp()
+	b.readBy.set(time.Time{})
+	b.writeBy.set(time.Time{})
 	cn := b.cn
-	cn.l.execute(func() {
+	cn.l.executeFor(cn, func() {
 		if cn.bridge == b && cn.state == stateBridged {
 			cn.bridge = nil
 			cn.state = stateClosing

@@ -178,7 +178,7 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 		return
 	}
 	if l.s.verify == nil {
-		who, err := l.s.opts.Verifier.Verify(h.token)
+		who, err := l.s.identify(h.token)
 		cn.finishUpgrade(head, inBuffer, h.authClose, who, err)
 		return
 	}
@@ -186,10 +186,10 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 	token := append([]byte(nil), h.token...)
 	authClose := h.authClose
 	check := func() {
-		who, err := l.s.opts.Verifier.Verify(token)
-		l.execute(func() {
+		who, err := l.s.identify(token)
+		l.executeFor(cn, func() {
 			if cn.state == stateVerifying {
-				l.guard(cn, func() { cn.finishUpgrade(head, inBuffer, authClose, who, err) })
+				cn.finishUpgrade(head, inBuffer, authClose, who, err)
 			}
 		})
 	}
@@ -251,7 +251,7 @@ func (cn *conn) finishUpgrade(head []byte, inBuffer int, authClose bool, who Ide
 	if len(rest) > 0 {
 		cn.feedOwned(rest)
 	}
-	if cn.state == stateOpen && inBuffer > 0 {
+	if cn.state == stateOpen && cn.c.InboundBuffered() > 0 {
 		cn.readFrames()
 	}
 }

@@ -129,8 +129,11 @@ func (l *loop) end() {
 	l.ended = true
 }
 
-// execute runs f on the loop; false: it will not. A panic closes cn, unless that is nil.
-func (l *loop) execute(cn *conn, f func()) bool {
+// execute runs f on the loop; false: it will not.
+func (l *loop) execute(f func()) bool { return l.executeFor(nil, f) }
+
+// executeFor runs f on the loop; false: it will not. A panic closes cn.
+func (l *loop) executeFor(cn *conn, f func()) bool {
 	return l.trigger(&task{l: l, f: func(l *loop) { l.guard(cn, f) }})
 }
 

@@ -91,7 +91,7 @@ func (cn *conn) refuse(m *codec.ClientMessage, code codec.Code, text string, ret
 func (cn *conn) refreshToken(token []byte) {
 	l := cn.l
 	if l.s.verify == nil {
-		cn.refreshed(l.s.opts.Verifier.Verify(token))
+		cn.refreshed(l.s.identify(token))
 		return
 	}
 	if cn.checking {
@@ -101,8 +101,8 @@ func (cn *conn) refreshToken(token []byte) {
 	token = append([]byte(nil), token...)
 	id := cn.id
 	check := func() {
-		who, err := l.s.opts.Verifier.Verify(token)
-		l.execute(func() {
+		who, err := l.s.identify(token)
+		l.executeFor(cn, func() {
 			cn.checking = false
 			if cn.state == stateOpen && cn.id == id {
 				cn.refreshed(who, err)
