@@ -13,10 +13,11 @@ import (
 // response may have been lost after the record was stored, and what comes back then is the error
 // of the last attempt.
 func classify(err error) codec.Code {
-	var conf sarama.ConfigurationError
-	switch {
-	case err == nil:
+	if err == nil {
 		return codec.OK
+	}
+	var conf sarama.ConfigurationError // on the heap, as errors.As takes its address
+	switch {
 	case errors.As(err, &conf), // larger than MaxRecordBytes: refused before it was sent
 		errors.Is(err, sarama.ErrMessageSizeTooLarge):
 		return codec.MessageTooLarge

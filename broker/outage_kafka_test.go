@@ -109,6 +109,9 @@ func (k *kafka) signal(s syscall.Signal) {
 	}
 }
 
+// lasting lets d pass: how long an outage is, is what these tests are about.
+func lasting(d time.Duration) { <-time.After(d) }
+
 func (k *kafka) options(t *testing.T) Options {
 	opts := testOptions(t, k.addr)
 	opts.CreateShared = true
@@ -124,7 +127,7 @@ func (k *kafka) options(t *testing.T) Options {
 		if ctx.Err() != nil {
 			t.Fatal("Kafka does not start")
 		}
-		time.Sleep(100 * time.Millisecond)
+		lasting(100 * time.Millisecond)
 	}
 	if err := a.EnsureTopics(ctx); err != nil {
 		t.Fatal(err)
@@ -268,10 +271,10 @@ func outage(t *testing.T, perSecond int, away time.Duration, begin, end func(*ka
 		r, a := load(t, p, perSecond, stop)
 		done <- loaded{r, a}
 	}()
-	time.Sleep(3 * time.Second)
+	lasting(3 * time.Second)
 	begin(k)
 	cut := time.Now()
-	time.Sleep(away)
+	lasting(away)
 	end(k)
 	back := time.Now()
 	before := got.count()
@@ -279,10 +282,10 @@ func outage(t *testing.T, perSecond int, away time.Duration, begin, end func(*ka
 		if time.Since(back) > time.Minute {
 			t.Fatal("no answers after the outage")
 		}
-		time.Sleep(10 * time.Millisecond)
+		lasting(10 * time.Millisecond)
 	}
 	t.Logf("outage of %v; answers again %v after its end", back.Sub(cut).Round(time.Millisecond), time.Since(back).Round(time.Millisecond))
-	time.Sleep(3 * time.Second)
+	lasting(3 * time.Second)
 	close(stop)
 	<-watched
 	l := <-done
@@ -338,14 +341,14 @@ func TestCloseWhileKafkaIsDeadOrFrozen(t *testing.T) {
 				_, n := load(t, p, 5000, stop)
 				loaded <- n
 			}()
-			time.Sleep(time.Second)
+			lasting(time.Second)
 			begin(k)
-			time.Sleep(2 * time.Second)
+			lasting(2 * time.Second)
 			begun := time.Now()
 			_ = c.Stop(within(t, 2*time.Second))
 			t.Logf("Stop took %v, %v", time.Since(begun).Round(time.Millisecond), <-ended)
 			begun = time.Now()
-			go func() { time.Sleep(time.Second); close(stop) }()
+			go func() { lasting(time.Second); close(stop) }()
 			err = p.Close(within(t, 2*time.Second))
 			took := time.Since(begun)
 			n := <-loaded
@@ -378,13 +381,13 @@ func TestConsumerThroughADeath(t *testing.T) {
 		defer cl.Close()
 		for i := range n {
 			cl.Produce(context.Background(), &kgo.Record{Key: fmt.Append(nil, "u", i%20), Value: []byte(message(fmt.Sprint("m", i), fmt.Sprint("u", i%20)))}, nil)
-			time.Sleep(5 * time.Millisecond)
+			lasting(5 * time.Millisecond)
 		}
 		_ = cl.Flush(context.Background())
 	}()
-	time.Sleep(3 * time.Second)
+	lasting(3 * time.Second)
 	k.kill()
-	time.Sleep(5 * time.Second)
+	lasting(5 * time.Second)
 	k.start()
 	back := time.Now()
 	<-written
@@ -404,6 +407,6 @@ func TestConsumerThroughADeath(t *testing.T) {
 		if time.Since(back) > time.Minute {
 			t.Fatalf("%d of %d read", len(seen), n)
 		}
-		time.Sleep(50 * time.Millisecond)
+		lasting(50 * time.Millisecond)
 	}
 }
