@@ -184,6 +184,9 @@ func (cn *conn) header(b []byte) (h frameHeader, ok bool) {
 		h.op.IsData() && h.op != ws.OpContinuation && continued:
 		cn.l.fail(cn, codec.CloseProtocol, reasonProtocol)
 		return h, false
+	case h.op == ws.OpBinary && !cn.l.s.opts.Echo:
+		cn.l.fail(cn, codec.CloseUnsupported, reasonBinary)
+		return h, false
 	}
 	h.size = 2
 	switch short {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -19,7 +20,7 @@ import (
 
 // Bounds of connections handed to net/http.
 const (
-	bridgeInput   = 256 << 10 // bytes read from the socket and not by net/http; beyond it: closed
+	bridgeInput   = 256 << 10 // bytes read from the socket and not by net/http; beyond it: an error to the reader
 	bridgeOutput  = 64 << 10  // bytes that wait for a slow reader; beyond it: writes wait
 	acceptQueue   = 1024      // connections handed over and not taken yet; beyond it: 503
 	httpIdle      = 60 * time.Second
@@ -56,7 +57,13 @@ type httpLog struct{ s *Server }
 
 // Write implements io.Writer.
 func (h httpLog) Write(p []byte) (int, error) {
-	h.s.log.Debug().Str("detail", string(bytes.TrimSpace(p))).Msg("http")
+	detail := string(bytes.TrimSpace(p))
+	if strings.HasPrefix(detail, "http: panic") {
+		h.s.metrics.panics.Inc()
+		h.s.opts.Logger.Error().Str("detail", detail).Msg("panic in an HTTP handler; its connection is closed")
+		return len(p), nil
+	}
+	h.s.log.Debug().Str("detail", detail).Msg("http")
 	return len(p), nil
 }
 
@@ -94,11 +101,39 @@ func (f *httpFront) Addr() net.Addr { return f.s.addr }
 
 // ServeHTTP implements http.Handler: an upgrade of /ws goes back to the event loop.
 func (f *httpFront) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if r.URL.Path == wsPath && r.Method == http.MethodGet && strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
+	switch {
+	case r.URL.Path != wsPath:
+		f.s.opts.API.ServeHTTP(w, r)
+	case r.Method == http.MethodGet && asksForWebSocket(r):
 		f.handBack(w, r)
-		return
+	case r.Method == http.MethodGet:
+		f.s.metrics.handshake.malformed.Inc()
+		w.Header().Set("Connection", "Upgrade")
+		w.Header().Set("Upgrade", "websocket")
+		w.Header().Set("Sec-WebSocket-Version", "13")
+		refuseHTTP(w, http.StatusUpgradeRequired, "UPGRADE_REQUIRED", "this is a WebSocket, version 13")
+	default:
+		f.s.metrics.handshake.malformed.Inc()
+		w.Header().Set("Allow", http.MethodGet)
+		refuseHTTP(w, http.StatusMethodNotAllowed, "METHOD_NOT_ALLOWED", "only GET opens a WebSocket")
 	}
-	f.s.opts.API.ServeHTTP(w, r)
+}
+
+func asksForWebSocket(r *http.Request) bool {
+	for _, v := range r.Header["Upgrade"] {
+		if strings.EqualFold(v, "websocket") {
+			return true
+		}
+	}
+	return false
+}
+
+func refuseHTTP(w http.ResponseWriter, status int, code, message string) {
+	body := failure(code, message)
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(status)
+	_, _ = w.Write(body) // who has gone needs no answer
 }
 
 // handBack returns a connection to its loop with the upgrade's head and what was read behind it.
@@ -172,8 +207,8 @@ func (cn *conn) feedBridge() {
 	if err != nil || len(b) == 0 {
 		return
 	}
-	ok := cn.bridge.feed(b)
-	if _, err := cn.c.Discard(-1); err != nil || !ok {
+	dropped := cn.bridge.feed(b)
+	if _, err := cn.c.Discard(-1); err != nil || dropped > lingerBytes {
 		cn.bridge.hangUp()
 		cn.cut()
 	}
@@ -184,10 +219,15 @@ func (cn *conn) takeBack(b *bridge, head, rest []byte) {
 	if cn.state != stateBridged || cn.bridge != b {
 		return
 	}
-	rest = append(rest, b.take()...)
+	more, whole := b.take()
+	rest = append(rest, more...)
 	b.hangUp()
 	cn.bridge = nil
 	cn.state = stateHead
+	if !whole {
+		cn.respond(badRequestResponse)
+		return
+	}
 	if len(rest) > 0 {
 		cn.assemble().rest = rest
 	}
@@ -207,32 +247,41 @@ type bridge struct {
 	writeBy       *bridgeDeadline
 	held          *bridgeWrite // owned by the loop: the Write that waits for a slow reader
 
-	mu    sync.Mutex
-	in    []byte
-	ended bool
+	mu      sync.Mutex
+	in      []byte
+	dropped int // bytes that came beyond the bound
+	ended   bool
 }
 
-func (b *bridge) feed(p []byte) bool {
+// errOverflow is what a reader gets that lets more than bridgeInput wait.
+var errOverflow = errors.New("too much input at once")
+
+// feed takes input in. Beyond its bound the rest is dropped and the reader told so: it may have an
+// answer for the peer yet, such as 413. It returns how much was dropped in all.
+func (b *bridge) feed(p []byte) (dropped int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.ended || len(b.in)+len(p) > bridgeInput {
-		return false
+	switch {
+	case b.ended:
+		return 0
+	case b.dropped > 0 || len(b.in)+len(p) > bridgeInput:
+		b.dropped += len(p)
+	default:
+		b.in = append(b.in, p...)
 	}
-	b.in = append(b.in, p...)
 	select {
 	case b.wake <- struct{}{}:
 	default:
 	}
-	return true
+	return b.dropped
 }
 
-// take returns the input that nobody has read.
-func (b *bridge) take() []byte {
+// take returns the input that nobody has read; whole is false when some was dropped.
+func (b *bridge) take() (in []byte, whole bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	in := b.in
-	b.in = nil
-	return in
+	in, b.in = b.in, nil
+	return in, b.dropped == 0
 }
 
 // hangUp ends the bridge: what was fed can still be read, writes fail.
@@ -259,11 +308,13 @@ func (b *bridge) Read(p []byte) (int, error) {
 		if b.in = b.in[n:]; len(b.in) == 0 {
 			b.in = nil
 		}
-		ended := b.ended
+		ended, overflow := b.ended, b.dropped > 0
 		b.mu.Unlock()
 		switch {
 		case n > 0 || len(p) == 0:
 			return n, nil
+		case overflow:
+			return 0, errOverflow
 		case ended:
 			return 0, io.EOF
 		}

@@ -2,8 +2,10 @@ package transport
 
 import (
 	"bytes"
+	"encoding/base64"
 	"errors"
 	"io"
+	"net/http"
 	"strconv"
 	"strings"
 
@@ -15,24 +17,34 @@ import (
 // What is offered and selected as a WebSocket subprotocol.
 const (
 	protocolJSON = "im.json.v1"
+	oursPrefix   = "im."
 	bearerPrefix = "bearer."
 	wsPath       = "/ws"
 )
 
 var (
 	headEnd  = []byte("\r\n\r\n")
+	lineEnd  = headEnd[:2]
+	space    = []byte(" ")
+	colon    = []byte(":")
 	wsPrefix = []byte("GET " + wsPath)
 	anyGet   = []byte("GET ")
 )
 
 // upgradeHead is what the gateway itself reads of an upgrade's head. Its slices point into the head.
 type upgradeHead struct {
+	malformed bool // in a way that the upgrader lets pass
 	upgrade   bool // Upgrade: websocket
+	authClose bool // ?auth=close
+	host      []byte
 	origin    []byte
 	token     []byte
-	offered   int  // subprotocols
-	bearers   int  // of them bearer.*
-	authClose bool // ?auth=close
+
+	// The subprotocols offered.
+	bearers   int // bearer.*: a token
+	supported int // im.json.v1
+	ours      int // im.*
+	foreign   int
 }
 
 // readHead looks at a connection's first request.
@@ -70,32 +82,53 @@ func (cn *conn) readHead() {
 	head := b[:end+len(headEnd)]
 	var h upgradeHead
 	h.read(head)
-	if !h.upgrade && !l.s.opts.Echo {
+	if !h.upgrade && !h.malformed && !l.s.opts.Echo {
 		cn.handOver()
 		return
 	}
 	cn.upgrade(head, &h, len(head))
 }
 
-// read scans the head's lines; what is malformed is left for the upgrader to refuse.
+// read scans the head's lines. The upgrader checks what RFC 6455 says of a handshake; here is what it
+// takes more lightly than RFC 9112 does, and servers before or behind us may read otherwise.
 func (h *upgradeHead) read(head []byte) {
-	line, rest, _ := bytes.Cut(head, []byte("\r\n"))
-	if _, target, ok := bytes.Cut(line, []byte(" ")); ok {
-		target, _, _ = bytes.Cut(target, []byte(" "))
+	line, rest, _ := bytes.Cut(head, lineEnd)
+	if _, target, ok := bytes.Cut(line, space); ok {
+		target, _, _ = bytes.Cut(target, space)
 		_, query, _ := bytes.Cut(target, []byte("?"))
 		h.readQuery(query)
 	}
+	h.malformed = hasControl(line)
 	var fromHeader, fromProtocol []byte
+	var hosts, keys, versions int
 	for len(rest) > 0 {
-		line, rest, _ = bytes.Cut(rest, []byte("\r\n"))
-		key, value, ok := bytes.Cut(line, []byte(":"))
-		if !ok {
-			continue
+		line, rest, _ = bytes.Cut(rest, lineEnd)
+		if len(line) == 0 {
+			break
+		}
+		key, value, ok := bytes.Cut(line, colon)
+		if !ok || !isToken(key) || hasControl(value) {
+			h.malformed = true
+			if !ok {
+				continue
+			}
 		}
 		value = bytes.TrimSpace(value)
 		switch {
+		case equalFold(key, "host"):
+			h.host = value
+			hosts++
 		case equalFold(key, "upgrade"):
 			h.upgrade = h.upgrade || equalFold(value, "websocket")
+		case equalFold(key, "sec-websocket-key"):
+			keys++
+			h.malformed = h.malformed || !isKey(value)
+		case equalFold(key, "sec-websocket-version"):
+			versions++
+		case equalFold(key, "content-length"):
+			h.malformed = h.malformed || string(value) != "0" // a body would be read as frames
+		case equalFold(key, "transfer-encoding"):
+			h.malformed = true
 		case equalFold(key, "origin"):
 			h.origin = value
 		case equalFold(key, "authorization"):
@@ -106,6 +139,7 @@ func (h *upgradeHead) read(head []byte) {
 			}
 		}
 	}
+	h.malformed = h.malformed || hosts > 1 || keys > 1 || versions > 1
 	switch {
 	case fromHeader != nil:
 		h.token = fromHeader
@@ -114,7 +148,45 @@ func (h *upgradeHead) read(head []byte) {
 	}
 }
 
-func equalFold(b []byte, s string) bool { return len(b) == len(s) && bytes.EqualFold(b, []byte(s)) }
+// selectable tells whether an offer of subprotocols, if there is one, leaves us something to select:
+// a browser fails a handshake in which none of its offers is.
+func (h *upgradeHead) selectable() bool {
+	return h.supported > 0 || h.foreign > 0 || h.ours+h.bearers == 0
+}
+
+func equalFold(b []byte, s string) bool { return len(b) == len(s) && strings.EqualFold(string(b), s) }
+
+// hasControl tells of control characters but the tab; a bare CR or LF is one.
+func hasControl(b []byte) bool {
+	for _, c := range b {
+		if c < 0x20 && c != '\t' || c == 0x7f {
+			return true
+		}
+	}
+	return false
+}
+
+// isToken tells whether b may name a header (RFC 9110, section 5.6.2).
+func isToken(b []byte) bool {
+	for _, c := range b {
+		switch {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
+		case strings.IndexByte("!#$%&'*+-.^_`|~", c) < 0:
+			return false
+		}
+	}
+	return len(b) > 0
+}
+
+// isKey tells whether b is a Sec-WebSocket-Key: 16 bytes in base 64 (RFC 6455, section 4.1).
+func isKey(b []byte) bool {
+	var raw [18]byte
+	if base64.StdEncoding.DecodedLen(len(b)) > len(raw) {
+		return false
+	}
+	n, err := base64.StdEncoding.Decode(raw[:], b)
+	return err == nil && n == 16
+}
 
 func (h *upgradeHead) readQuery(query []byte) {
 	for len(query) > 0 {
@@ -135,13 +207,18 @@ func (h *upgradeHead) readProtocols(list []byte) (token []byte) {
 		var p []byte
 		p, list, _ = bytes.Cut(list, []byte(","))
 		p = bytes.TrimSpace(p)
-		if len(p) == 0 {
-			continue
-		}
-		h.offered++
-		if bytes.HasPrefix(p, []byte(bearerPrefix)) {
+		switch {
+		case len(p) == 0:
+		case bytes.HasPrefix(p, []byte(bearerPrefix)):
 			h.bearers++
 			token = p[len(bearerPrefix):]
+		case string(p) == protocolJSON:
+			h.supported++
+			h.ours++
+		case bytes.HasPrefix(p, []byte(oursPrefix)):
+			h.ours++
+		default:
+			h.foreign++
 		}
 	}
 	return token
@@ -168,13 +245,17 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 		l.s.metrics.handshake.shed.Inc()
 		cn.respond(shedResponse)
 		return
-	case !l.s.origin.allows(h.origin):
+	case h.malformed:
+		l.s.metrics.handshake.malformed.Inc()
+		cn.respond(badRequestResponse)
+		return
+	case !l.s.origin.allows(h.origin, h.host):
 		l.s.metrics.handshake.origin.Inc()
 		cn.respond(originResponse)
 		return
-	case h.offered > 0 && h.offered == h.bearers:
+	case !h.selectable():
 		l.s.metrics.handshake.malformed.Inc()
-		cn.respond(onlyBearerResponse)
+		cn.respond(protocolResponse)
 		return
 	}
 	if l.s.verify == nil {
@@ -220,11 +301,7 @@ func (cn *conn) finishUpgrade(head []byte, inBuffer int, authClose bool, who Ide
 	}
 	if upErr != nil {
 		l.s.metrics.handshake.malformed.Inc()
-		answer := l.hs.out
-		if len(answer) == 0 {
-			answer = []byte(badRequestResponse)
-		}
-		cn.respond(string(answer))
+		cn.respond(refusedUpgrade(upErr))
 		return
 	}
 	var rest []byte
@@ -298,9 +375,13 @@ func newOriginCheck(list []string) originCheck {
 	return o
 }
 
-// allows tells whether a page of this origin may connect; clients that are no browsers send none.
-func (o *originCheck) allows(origin []byte) bool {
+// allows tells whether a page of this origin may connect to this host: one of the list, or one that
+// the host itself serves. Clients that are no browsers send no origin.
+func (o *originCheck) allows(origin, host []byte) bool {
 	if o.all || len(origin) == 0 {
+		return true
+	}
+	if _, from, ok := bytes.Cut(origin, []byte("://")); ok && len(host) > 0 && bytes.EqualFold(from, host) {
 		return true
 	}
 	for _, s := range o.list {
@@ -315,11 +396,15 @@ func (o *originCheck) allows(origin []byte) bool {
 var (
 	shedResponse = response("503 Service Unavailable", "Retry-After: "+retryAfterShed+"\r\n",
 		string(codec.Overloaded), "the gateway takes no more connections at the moment")
-	timeoutResponse    = response("408 Request Timeout", "", "TIMEOUT", "the request's head did not come in time")
-	tooLargeResponse   = response("431 Request Header Fields Too Large", "", string(codec.MessageTooLarge), "the request's head is too large")
-	originResponse     = response("403 Forbidden", "", string(codec.AuthFailed), "pages of this origin may not connect")
-	onlyBearerResponse = response("400 Bad Request", "", string(codec.InvalidMessage),
-		"offer the subprotocol "+protocolJSON+" beside bearer.<token>: a browser fails the handshake when none is selected")
+	timeoutResponse  = response("408 Request Timeout", "", "TIMEOUT", "the request's head did not come in time")
+	tooLargeResponse = response("431 Request Header Fields Too Large", "", string(codec.MessageTooLarge), "the request's head is too large")
+	originResponse   = response("403 Forbidden", "", string(codec.AuthFailed), "pages of this origin may not connect")
+	protocolResponse = response("400 Bad Request", "", string(codec.InvalidMessage),
+		"offer the subprotocol "+protocolJSON+", or none; bearer.<token> goes beside it")
+	methodResponse  = response("405 Method Not Allowed", "Allow: GET\r\n", "METHOD_NOT_ALLOWED", "only GET opens a WebSocket")
+	versionResponse = response("426 Upgrade Required", "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
+		"UPGRADE_REQUIRED", "this is a WebSocket, version 13")
+	protoResponse      = response("505 HTTP Version Not Supported", "", string(codec.InvalidMessage), "a WebSocket needs HTTP/1.1")
 	badRequestResponse = response("400 Bad Request", "", string(codec.InvalidMessage), "the upgrade request is malformed")
 	internalResponse   = response("500 Internal Server Error", "", "INTERNAL", "internal error")
 	expiredResponse    = response("401 Unauthorized", "WWW-Authenticate: Bearer error=\"invalid_token\"\r\n",
@@ -341,9 +426,30 @@ func unauthorized(err error) string {
 	}
 }
 
+// refusedUpgrade is the answer to a handshake that the upgrader has refused.
+func refusedUpgrade(err error) string {
+	var rejected *ws.ConnectionRejectedError
+	if errors.As(err, &rejected) {
+		switch rejected.StatusCode() {
+		case http.StatusMethodNotAllowed:
+			return methodResponse
+		case http.StatusUpgradeRequired:
+			return versionResponse
+		case http.StatusHTTPVersionNotSupported:
+			return protoResponse
+		}
+	}
+	return badRequestResponse
+}
+
 func response(status, headers, code, message string) string {
-	body := codec.AppendQuoted([]byte(`{"success":false,"code":"`+code+`","message":`), message)
-	body = append(body, '}')
+	body := failure(code, message)
 	return "HTTP/1.1 " + status + "\r\nContent-Type: application/json\r\n" + headers +
 		"Connection: close\r\nContent-Length: " + strconv.Itoa(len(body)) + "\r\n\r\n" + string(body)
+}
+
+// failure is the body of every refusal.
+func failure(code, message string) []byte {
+	body := codec.AppendQuoted([]byte(`{"success":false,"code":"`+code+`","message":`), message)
+	return append(body, '}')
 }

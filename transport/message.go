@@ -33,10 +33,6 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 		}
 		return
 	}
-	if op != ws.OpText {
-		l.fail(cn, codec.CloseUnsupported, reasonBinary)
-		return
-	}
 	var m codec.ClientMessage
 	if err := codec.ParseClient(payload, &m); err != nil {
 		var refusal *codec.ParseError
