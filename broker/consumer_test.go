@@ -137,6 +137,7 @@ func message(id, user string) string {
 }
 
 func TestConsumerCommitsBehindTheLastEnd(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	d := new(desk)
 	startConsumer(t, testOptions(t, c.ListenAddrs()...), d, nil).awaitReady(t)
@@ -154,6 +155,7 @@ func TestConsumerCommitsBehindTheLastEnd(t *testing.T) {
 }
 
 func TestConsumerStartsAtTheOldestThenAtTheCommitted(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	write(t, c.ListenAddrs(), downTopic, "", message("m0", "alice"), "", message("m1", "alice"))
 	d := new(desk)
@@ -177,6 +179,7 @@ func TestConsumerStartsAtTheOldestThenAtTheCommitted(t *testing.T) {
 }
 
 func TestUndeliveredAndDeadLetters(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	d := new(desk)
 	r := startConsumer(t, testOptions(t, c.ListenAddrs()...), d, nil).awaitReady(t)
@@ -215,6 +218,7 @@ func TestUndeliveredAndDeadLetters(t *testing.T) {
 
 // While the undelivered topic takes nothing, the offset stays; afterwards nothing is missing.
 func TestUndeliveredHoldsTheOffsetUntilItIsStored(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	fault := c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.Produce}, Topic: undTopic, Err: kerr.TopicAuthorizationFailed, Count: -1})
 	d := &desk{auto: codec.EndOffline}
@@ -241,6 +245,7 @@ func TestUndeliveredHoldsTheOffsetUntilItIsStored(t *testing.T) {
 
 // A record that its topic refuses for its size must not hold the partition for ever.
 func TestTooLargeUndeliveredGoesWithoutItsValue(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	opts := testOptions(t, c.ListenAddrs()...)
 	opts.MaxRecordBytes = 2000
@@ -264,6 +269,7 @@ func TestTooLargeUndeliveredGoesWithoutItsValue(t *testing.T) {
 }
 
 func TestFullWindowStopsReading(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	opts := testOptions(t, c.ListenAddrs()...)
 	opts.WindowRecords = 10
@@ -295,6 +301,7 @@ func TestFullWindowStopsReading(t *testing.T) {
 }
 
 func TestBeginHoldsBack(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	write(t, c.ListenAddrs(), downTopic, "", message("m0", "alice"))
 	begin := make(chan struct{})
@@ -310,6 +317,7 @@ func TestBeginHoldsBack(t *testing.T) {
 }
 
 func TestFencedByAnotherMember(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	first := startConsumer(t, testOptions(t, c.ListenAddrs()...), new(desk), nil).awaitReady(t)
 	startConsumer(t, testOptions(t, c.ListenAddrs()...), new(desk), nil).awaitReady(t)
@@ -325,6 +333,7 @@ func TestFencedByAnotherMember(t *testing.T) {
 
 // A member that Kafka has forgotten asks before it joins again.
 func TestForgottenMemberAsksBeforeItJoins(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	var asked atomic.Int32
 	verdict := make(chan error)
@@ -351,6 +360,7 @@ func TestForgottenMemberAsksBeforeItJoins(t *testing.T) {
 }
 
 func TestLostSessionReadsOpenRecordsAgain(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	d := new(desk)
 	startConsumer(t, testOptions(t, c.ListenAddrs()...), d, nil).awaitReady(t)
@@ -369,6 +379,7 @@ func TestLostSessionReadsOpenRecordsAgain(t *testing.T) {
 }
 
 func TestRecreatedTopicIsReadFromTheOldest(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	d := &desk{auto: codec.EndDelivered}
 	startConsumer(t, testOptions(t, c.ListenAddrs()...), d, nil).awaitReady(t)
@@ -388,6 +399,7 @@ func TestRecreatedTopicIsReadFromTheOldest(t *testing.T) {
 }
 
 func TestMissingTopicIsWaitedFor(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	if err := c.DeleteTopic(downTopic); err != nil {
 		t.Fatal(err)
@@ -407,6 +419,7 @@ func TestMissingTopicIsWaitedFor(t *testing.T) {
 }
 
 func TestStopWaitsForWhatIsOpen(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	d := new(desk)
 	r := startConsumer(t, testOptions(t, c.ListenAddrs()...), d, nil).awaitReady(t)
@@ -442,6 +455,7 @@ func TestStopWaitsForWhatIsOpen(t *testing.T) {
 }
 
 func TestDispatchErrorIsTriedAgain(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t)
 	d := &desk{err: errors.New("no shard")}
 	startConsumer(t, testOptions(t, c.ListenAddrs()...), d, nil).awaitReady(t)
