@@ -1,10 +1,13 @@
 // The conversations of one user, as im-logic tells of them. It asks for what was missed after each
-// `connected`, confirms what arrives, and drops what it has seen.
+// `connected` and now and then, confirms what arrives, and drops what it has seen.
 //
 // Events: "change" with detail = the id of the conversation that changed, or undefined for all;
 // "refused" with detail = a text to show.
 
 const SYNC_MS = 10_000; // no answer for so long: ask again
+// While connected it asks now and then, too: a live record goes astray when presence is wrong for a
+// moment, as after Redis lost its data.
+const SYNC_EVERY_MS = 30_000;
 const SEEN = 2_000; // message_ids of records remembered
 const KEPT = 1_000; // messages of a conversation
 
@@ -129,8 +132,8 @@ export class Chat extends EventTarget {
         for (const c of data.conversations) this.#described(c);
         for (const m of data.messages) this.#message(m, false);
         this.#after = data.after;
-        clearTimeout(this.#syncTimer);
         if (data.more) this.#sync();
+        else this.#syncAgain(SYNC_EVERY_MS * (0.75 + Math.random() / 2));
         this.#changed();
         break;
       case "chat-error":
