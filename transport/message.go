@@ -1,8 +1,6 @@
 package transport
 
 import (
-	"errors"
-
 	"github.com/gobwas/ws"
 
 	"im-gateway/codec"
@@ -35,8 +33,7 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 	}
 	var m codec.ClientMessage
 	if err := codec.ParseClient(payload, &m); err != nil {
-		var refusal *codec.ParseError
-		if errors.As(err, &refusal) {
+		if refusal, ok := err.(*codec.ParseError); ok { // errors.As would allocate; it is never wrapped
 			cn.refuse(&m, refusal.Code, refusal.Message, 0)
 		}
 		return
