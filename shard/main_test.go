@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -235,6 +236,13 @@ func (w *world) frames(id codec.SessionID) (list []string) {
 		list = append(list, fmt.Sprintf("%s %s %s %s", f.Type, f.Data.Status, f.Data.Code, f.Data.Name))
 	}
 	return list
+}
+
+// settle waits, in a synctest bubble, until nothing moves; what the shard wrote can be read then.
+func (w *world) settle() {
+	synctest.Wait()
+	w.mu.Lock()
+	defer w.mu.Unlock()
 }
 
 // batch takes the next records that the shard has handed over.

@@ -60,17 +60,17 @@ func TestDegradedPresence(t *testing.T) {
 		go func() { _ = w.set.Run(ctx) }()
 		id := sessionID(0, 1)
 		w.open(id, "alice")
-		synctest.Wait()
+		w.settle()
 		if len(w.sent[id]) != 0 {
 			t.Error("connected before the claim's time was over")
 		}
 		time.Sleep(1200 * time.Millisecond)
-		synctest.Wait()
+		w.settle()
 		if len(w.sent[id]) != 1 || !strings.Contains(w.sent[id][0], `"presence":"degraded"`) {
 			t.Errorf("frames %q", w.sent[id])
 		}
 		time.Sleep(31 * time.Second)
-		synctest.Wait()
+		w.settle()
 		claims := 0
 		for _, op := range w.ops {
 			if op.Kind == Claim {
@@ -81,7 +81,7 @@ func TestDegradedPresence(t *testing.T) {
 			t.Errorf("%d claims, want the first and one instead of a refresh", claims)
 		}
 		cancel()
-		synctest.Wait()
+		w.settle()
 	})
 }
 
@@ -94,20 +94,20 @@ func TestTimes(t *testing.T) {
 		id := sessionID(0, 1)
 		w.offer(codec.Event{Kind: codec.EventOpen, Session: id, Open: &codec.Open{
 			User: "alice", ExpiresAt: time.Now().Add(95 * time.Second).UnixMilli()}})
-		synctest.Wait()
+		w.settle()
 		w.offer(w.message(id, "alice", "c-1"))
-		synctest.Wait()
+		w.settle()
 		b := w.batch()
 		time.Sleep(11 * time.Second)
-		synctest.Wait()
+		w.settle()
 		w.set.Results(b) // the success comes late
-		synctest.Wait()
+		w.settle()
 		want := []string{"connected   ", "message-ack error OUTCOME_UNKNOWN c-1", "message-ack success  c-1"}
 		if got := w.frames(id); !reflect.DeepEqual(got, want) {
 			t.Errorf("frames %q", got)
 		}
 		time.Sleep(80 * time.Second)
-		synctest.Wait()
+		w.settle()
 		refreshes := 0
 		for _, op := range w.ops {
 			if op.Kind == Refresh {
@@ -118,12 +118,12 @@ func TestTimes(t *testing.T) {
 			t.Errorf("%d pings and %d refreshes within 91 s, want 3 of each", w.pings, refreshes)
 		}
 		time.Sleep(5 * time.Second)
-		synctest.Wait()
+		w.settle()
 		if w.closed[id] != codec.CloseTokenExpired {
 			t.Errorf("closed with %d after the token expired", w.closed[id])
 		}
 		cancel()
-		synctest.Wait()
+		w.settle()
 	})
 }
 
@@ -135,10 +135,10 @@ func TestRefreshedTokenLivesOn(t *testing.T) {
 		id := sessionID(0, 1)
 		w.offer(codec.Event{Kind: codec.EventOpen, Session: id, Open: &codec.Open{
 			User: "alice", ExpiresAt: time.Now().Add(10 * time.Second).UnixMilli()}})
-		synctest.Wait()
+		w.settle()
 		w.offer(codec.Event{Kind: codec.EventRefresh, Session: id, Value: time.Now().Add(20 * time.Second).UnixMilli()})
 		time.Sleep(15 * time.Second)
-		synctest.Wait()
+		w.settle()
 		if code, closed := w.closed[id]; closed {
 			t.Errorf("closed with %d though the token was refreshed", code)
 		}
@@ -146,12 +146,12 @@ func TestRefreshedTokenLivesOn(t *testing.T) {
 			t.Errorf("frames %q", got)
 		}
 		time.Sleep(6 * time.Second)
-		synctest.Wait()
+		w.settle()
 		if w.closed[id] != codec.CloseTokenExpired {
 			t.Error("not closed after the second expiry")
 		}
 		cancel()
-		synctest.Wait()
+		w.settle()
 	})
 }
 
