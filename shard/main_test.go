@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -238,11 +237,34 @@ func (w *world) frames(id codec.SessionID) (list []string) {
 	return list
 }
 
-// settle waits, in a synctest bubble, until nothing moves; what the shard wrote can be read then.
-func (w *world) settle() {
-	synctest.Wait()
+func (w *world) operations(kind PresenceKind) (n int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	for _, op := range w.ops {
+		if op.Kind == kind {
+			n++
+		}
+	}
+	return n
+}
+
+func (w *world) pingCount() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.pings
+}
+
+// closeCode is what the session was closed with, 0: it was not.
+func (w *world) closeCode(id codec.SessionID) codec.CloseCode {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.closed[id]
+}
+
+func (w *world) raw(id codec.SessionID) []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return append([]string(nil), w.sent[id]...)
 }
 
 // batch takes the next records that the shard has handed over.

@@ -60,28 +60,22 @@ func TestDegradedPresence(t *testing.T) {
 		go func() { _ = w.set.Run(ctx) }()
 		id := sessionID(0, 1)
 		w.open(id, "alice")
-		w.settle()
-		if len(w.sent[id]) != 0 {
+		synctest.Wait()
+		if len(w.frames(id)) != 0 {
 			t.Error("connected before the claim's time was over")
 		}
 		time.Sleep(1200 * time.Millisecond)
-		w.settle()
-		if len(w.sent[id]) != 1 || !strings.Contains(w.sent[id][0], `"presence":"degraded"`) {
-			t.Errorf("frames %q", w.sent[id])
+		synctest.Wait()
+		if got := w.raw(id); len(got) != 1 || !strings.Contains(got[0], `"presence":"degraded"`) {
+			t.Errorf("frames %q", got)
 		}
 		time.Sleep(31 * time.Second)
-		w.settle()
-		claims := 0
-		for _, op := range w.ops {
-			if op.Kind == Claim {
-				claims++
-			}
-		}
-		if claims != 2 {
+		synctest.Wait()
+		if claims := w.operations(Claim); claims != 2 {
 			t.Errorf("%d claims, want the first and one instead of a refresh", claims)
 		}
 		cancel()
-		w.settle()
+		synctest.Wait()
 	})
 }
 
@@ -94,36 +88,30 @@ func TestTimes(t *testing.T) {
 		id := sessionID(0, 1)
 		w.offer(codec.Event{Kind: codec.EventOpen, Session: id, Open: &codec.Open{
 			User: "alice", ExpiresAt: time.Now().Add(95 * time.Second).UnixMilli()}})
-		w.settle()
+		synctest.Wait()
 		w.offer(w.message(id, "alice", "c-1"))
-		w.settle()
+		synctest.Wait()
 		b := w.batch()
 		time.Sleep(11 * time.Second)
-		w.settle()
+		synctest.Wait()
 		w.set.Results(b) // the success comes late
-		w.settle()
+		synctest.Wait()
 		want := []string{"connected   ", "message-ack error OUTCOME_UNKNOWN c-1", "message-ack success  c-1"}
 		if got := w.frames(id); !reflect.DeepEqual(got, want) {
 			t.Errorf("frames %q", got)
 		}
 		time.Sleep(80 * time.Second)
-		w.settle()
-		refreshes := 0
-		for _, op := range w.ops {
-			if op.Kind == Refresh {
-				refreshes++
-			}
-		}
-		if w.pings != 3 || refreshes != 3 {
-			t.Errorf("%d pings and %d refreshes within 91 s, want 3 of each", w.pings, refreshes)
+		synctest.Wait()
+		if pings, refreshes := w.pingCount(), w.operations(Refresh); pings != 3 || refreshes != 3 {
+			t.Errorf("%d pings and %d refreshes within 91 s, want 3 of each", pings, refreshes)
 		}
 		time.Sleep(5 * time.Second)
-		w.settle()
-		if w.closed[id] != codec.CloseTokenExpired {
-			t.Errorf("closed with %d after the token expired", w.closed[id])
+		synctest.Wait()
+		if code := w.closeCode(id); code != codec.CloseTokenExpired {
+			t.Errorf("closed with %d after the token expired", code)
 		}
 		cancel()
-		w.settle()
+		synctest.Wait()
 	})
 }
 
@@ -135,23 +123,23 @@ func TestRefreshedTokenLivesOn(t *testing.T) {
 		id := sessionID(0, 1)
 		w.offer(codec.Event{Kind: codec.EventOpen, Session: id, Open: &codec.Open{
 			User: "alice", ExpiresAt: time.Now().Add(10 * time.Second).UnixMilli()}})
-		w.settle()
+		synctest.Wait()
 		w.offer(codec.Event{Kind: codec.EventRefresh, Session: id, Value: time.Now().Add(20 * time.Second).UnixMilli()})
 		time.Sleep(15 * time.Second)
-		w.settle()
-		if code, closed := w.closed[id]; closed {
+		synctest.Wait()
+		if code := w.closeCode(id); code != 0 {
 			t.Errorf("closed with %d though the token was refreshed", code)
 		}
 		if got := w.frames(id); len(got) != 2 || got[1] != "token-refreshed   " {
 			t.Errorf("frames %q", got)
 		}
 		time.Sleep(6 * time.Second)
-		w.settle()
-		if w.closed[id] != codec.CloseTokenExpired {
+		synctest.Wait()
+		if w.closeCode(id) != codec.CloseTokenExpired {
 			t.Error("not closed after the second expiry")
 		}
 		cancel()
-		w.settle()
+		synctest.Wait()
 	})
 }
 
