@@ -102,8 +102,8 @@ func TestTimes(t *testing.T) {
 		}
 		time.Sleep(80 * time.Second)
 		synctest.Wait()
-		if pings, refreshes := w.pingCount(), w.operations(Refresh); pings != 3 || refreshes != 3 {
-			t.Errorf("%d pings and %d refreshes within 91 s, want 3 of each", pings, refreshes)
+		if pings, refreshes := w.pingCount(), w.operations(Refresh); pings < 3 || pings > 4 || refreshes < 3 || refreshes > 4 {
+			t.Errorf("%d pings and %d refreshes within 91 s, want 3 or 4 of each", pings, refreshes)
 		}
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
