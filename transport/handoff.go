@@ -20,13 +20,12 @@ import (
 
 // Bounds of connections handed to net/http.
 const (
-	bridgeInput   = 256 << 10 // bytes read from the socket and not by net/http; beyond it: an error to the reader
-	bridgeOutput  = 64 << 10  // bytes that wait for a slow reader; beyond it: writes wait
-	acceptQueue   = 1024      // connections handed over and not taken yet; beyond it: 503
-	httpIdle      = 60 * time.Second
-	httpRead      = 15 * time.Second
-	httpWrite     = 30 * time.Second
-	httpHeadBytes = 16 << 10
+	bridgeInput  = 256 << 10 // bytes read from the socket and not by net/http; beyond it: an error to the reader
+	bridgeOutput = 64 << 10  // bytes that wait for a slow reader; beyond it: writes wait
+	acceptQueue  = 1024      // connections handed over and not taken yet; beyond it: 503
+	httpIdle     = 60 * time.Second
+	httpRead     = 15 * time.Second
+	httpWrite    = 30 * time.Second
 )
 
 // httpFront serves the connections that are no WebSockets by net/http.
@@ -46,7 +45,7 @@ func newHTTPFront(s *Server) *httpFront {
 		ReadTimeout:       httpRead,
 		WriteTimeout:      httpWrite,
 		IdleTimeout:       httpIdle,
-		MaxHeaderBytes:    httpHeadBytes,
+		MaxHeaderBytes:    s.opts.HeadBytes, // net/http adds 4 KiB
 		ErrorLog:          log.New(httpLog{s}, "", 0),
 	}
 	return f

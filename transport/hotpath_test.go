@@ -128,7 +128,7 @@ func TestReadPathAllocations(t *testing.T) {
 					t.Fatal("the frame was not handled")
 				}
 			})
-			if allocs > tc.most {
+			if allocs > tc.most && !raceEnabled { // under -race pools forget at random
 				t.Errorf("%.1f allocations", allocs)
 			}
 		})

@@ -188,8 +188,9 @@ func (s *Server) Loops() int { return len(s.loops) }
 func (s *Server) Start(ctx context.Context) error {
 	runCtx, cancel := context.WithCancel(context.Background())
 	s.cancel = cancel
+	var err error // why it ended; read after done
 	s.children.Go(func() {
-		err := s.runEngine("tcp://" + s.opts.Addr)
+		err = s.runEngine("tcp://" + s.opts.Addr)
 		if host, port, splitErr := net.SplitHostPort(s.opts.Addr); splitErr == nil && host == "" &&
 			errors.Is(err, unix.EAFNOSUPPORT) {
 			err = s.runEngine("tcp4://0.0.0.0:" + port) // a kernel without IPv6
@@ -207,7 +208,7 @@ func (s *Server) Start(ctx context.Context) error {
 	case <-s.done:
 		cancel()
 		s.children.Wait()
-		return fmt.Errorf("listen on %s: %w", s.opts.Addr, errors.Unwrap(s.err))
+		return fmt.Errorf("listen on %s: %w", s.opts.Addr, err)
 	case <-ctx.Done():
 		return s.giveUp(ctx)
 	}
