@@ -1,0 +1,161 @@
+package servers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"github.com/twmb/franz-go/pkg/kgo"
+)
+
+// Kafka is a real Apache Kafka: one node, broker and controller.
+type Kafka struct {
+	*Process
+	Broker     string // PLAINTEXT
+	SASLBroker string // SASL_PLAINTEXT: PLAIN and SCRAM-SHA-256, with User and Password
+	User       string
+	Password   string
+	libs       string
+}
+
+func portOf(addr string) string {
+	_, port, _ := net.SplitHostPort(addr)
+	return port
+}
+
+// jars fetches Kafka once, into the repository's .cache, and returns the directory.
+func jars(ctx context.Context) (string, error) {
+	_, file, _, ok := runtime.Caller(0)
+	if !ok {
+		return "", errors.New("fetch Kafka: where is the source?")
+	}
+	here := filepath.Dir(file)
+	libs := filepath.Join(here, "..", "..", ".cache", "kafka-4.1.0", "libs")
+	if _, err := os.Stat(libs); err == nil {
+		return libs, nil
+	}
+	for program, pkg := range map[string]string{"mvn": "maven", "java": "openjdk-17-jre-headless"} {
+		if err := need(program, pkg); err != nil {
+			return "", err
+		}
+	}
+	parent := filepath.Dir(libs)
+	if err := os.MkdirAll(parent, 0o755); err != nil {
+		return "", fmt.Errorf("fetch Kafka: %w", err)
+	}
+	tmp, err := os.MkdirTemp(parent, "libs-")
+	if err != nil {
+		return "", fmt.Errorf("fetch Kafka: %w", err)
+	}
+	out, err := exec.CommandContext(ctx, "mvn", "-q", "-B", "-f", filepath.Join(here, "kafka", "pom.xml"),
+		"dependency:copy-dependencies", "-DoutputDirectory="+tmp, "-DincludeScope=runtime").CombinedOutput()
+	if err != nil {
+		return "", errors.Join(fmt.Errorf("fetch Kafka with Maven: %w\n%s", err, out), os.RemoveAll(tmp))
+	}
+	if err := os.Rename(tmp, libs); err != nil && !errors.Is(err, os.ErrExist) {
+		if _, statErr := os.Stat(libs); statErr != nil { // another test was not faster either
+			return "", fmt.Errorf("fetch Kafka: %w", err)
+		}
+	}
+	return libs, nil
+}
+
+// StartKafka starts Kafka with its data below dir. The shared topics must be created.
+func StartKafka(ctx context.Context, dir string) (*Kafka, error) {
+	libs, err := jars(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var ports [3]int
+	for i := range ports {
+		if ports[i], err = freePort(); err != nil {
+			return nil, err
+		}
+	}
+	k := &Kafka{Broker: loopback(ports[0]), SASLBroker: loopback(ports[1]), User: "gateway", Password: "kafka-pass-7331", libs: libs}
+	controller := loopback(ports[2])
+	properties := filepath.Join(dir, "kafka.properties")
+	scram := `org.apache.kafka.common.security.scram.ScramLoginModule required;`
+	plain := `org.apache.kafka.common.security.plain.PlainLoginModule required user_` + k.User + `="` + k.Password + `";`
+	text := strings.Join([]string{
+		"process.roles=broker,controller", "node.id=1",
+		"controller.quorum.bootstrap.servers=" + controller,
+		"listeners=PLAINTEXT://" + k.Broker + ",SASL_PLAINTEXT://" + k.SASLBroker + ",CONTROLLER://" + controller,
+		"advertised.listeners=PLAINTEXT://" + k.Broker + ",SASL_PLAINTEXT://" + k.SASLBroker,
+		"controller.listener.names=CONTROLLER",
+		"listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT",
+		"sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256",
+		"listener.name.sasl_plaintext.plain.sasl.jaas.config=" + plain,
+		"listener.name.sasl_plaintext.scram-sha-256.sasl.jaas.config=" + scram,
+		"log.dirs=" + filepath.Join(dir, "kafka"),
+		"offsets.topic.replication.factor=1", "offsets.topic.num.partitions=1",
+		"group.initial.rebalance.delay.ms=0", "auto.create.topics.enable=false",
+		"log.retention.check.interval.ms=300000", "",
+	}, "\n")
+	if err := os.WriteFile(properties, []byte(text), 0o600); err != nil {
+		return nil, fmt.Errorf("configure Kafka: %w", err)
+	}
+	id, err := k.tool(ctx, "kafka.tools.StorageTool", "random-uuid").Output()
+	if err != nil {
+		return nil, fmt.Errorf("make Kafka's cluster id: %w", err)
+	}
+	format := k.tool(ctx, "kafka.tools.StorageTool", "format", "--standalone", "-t", strings.TrimSpace(string(id)),
+		"-c", properties, "--add-scram", "SCRAM-SHA-256=[name="+k.User+",password="+k.Password+"]")
+	if out, err := format.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("format Kafka's storage: %w\n%s", err, out)
+	}
+	k.Process = &Process{
+		name: "kafka", ready: k.answers,
+		make: func() *exec.Cmd {
+			return exec.Command("java", "-Xms256m", "-Xmx768m", "-cp", filepath.Join(libs, "*"), "kafka.Kafka", properties)
+		},
+	}
+	return k, k.Start(ctx)
+}
+
+func (k *Kafka) tool(ctx context.Context, class string, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, "java", append([]string{"-cp", filepath.Join(k.libs, "*"), class}, args...)...)
+}
+
+// answers checks that the broker serves clients.
+func (k *Kafka) answers(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	c, err := kgo.NewClient(kgo.SeedBrokers(k.Broker))
+	if err != nil {
+		return fmt.Errorf("ask Kafka: %w", err)
+	}
+	defer c.Close()
+	if err := c.Ping(ctx); err != nil {
+		return fmt.Errorf("ask Kafka: %w", err)
+	}
+	return nil
+}
+
+// ConsoleProduce types one line into kafka-console-producer.
+func (k *Kafka) ConsoleProduce(ctx context.Context, topic, line string) error {
+	cmd := k.tool(ctx, "org.apache.kafka.tools.ConsoleProducer", "--bootstrap-server", k.Broker, "--topic", topic)
+	cmd.Stdin = strings.NewReader(line + "\n")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("console producer: %w\n%s", err, out)
+	}
+	return nil
+}
+
+// ConsoleConsume returns what kafka-console-consumer prints of one record.
+func (k *Kafka) ConsoleConsume(ctx context.Context, topic string, partition int32, offset int64) (string, error) {
+	out, err := k.tool(ctx, "org.apache.kafka.tools.consumer.ConsoleConsumer", "--bootstrap-server", k.Broker,
+		"--topic", topic, "--partition", fmt.Sprint(partition), "--offset", fmt.Sprint(offset),
+		"--max-messages", "1", "--timeout-ms", "20000").Output()
+	if err != nil {
+		return "", fmt.Errorf("console consumer: %w", err)
+	}
+	return strings.TrimSpace(string(out)), nil
+}
