@@ -9,8 +9,10 @@ import (
 
 	"github.com/cenkalti/backoff/v5"
 	"github.com/prometheus/client_golang/prometheus"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 )
 
 // The keys in etcd.
@@ -52,15 +54,40 @@ func Connect(o EtcdOptions) (*clientv3.Client, error) {
 		DialKeepAliveTimeout: 5 * time.Second,
 		Logger:               zap.NewNop(), // its retries would flood the log during an outage; ours says what matters
 	}
-	// Without a login a dial timeout would do nothing but delay the failure of the first lease.
-	if o.Username != "" {
-		cfg.Username, cfg.Password, cfg.DialTimeout = o.Username, o.Password, o.DialTimeout
+	if o.Username == "" {
+		// Without a login a dial timeout would do nothing but delay the failure of the first lease.
+		c, err := clientv3.New(cfg)
+		if err != nil {
+			return nil, fmt.Errorf("connect to etcd at %v: %w", o.Endpoints, err)
+		}
+		return c, nil
 	}
-	c, err := clientv3.New(cfg)
+	login, err := clientv3.New(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("connect to etcd at %v: %w", o.Endpoints, err)
 	}
+	cfg.Username, cfg.Password, cfg.DialTimeout = o.Username, o.Password, o.DialTimeout
+	cfg.DialOptions = []grpc.DialOption{grpc.WithChainUnaryInterceptor(loginThrough(login))}
+	c, err := clientv3.New(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("log in to etcd at %v as %s: %w", o.Endpoints, o.Username, errors.Join(err, login.Close()))
+	}
+	context.AfterFunc(c.Ctx(), func() { _ = login.Close() }) // the caller closes c
 	return c, nil
+}
+
+// loginThrough sends logins over a client that has not logged in itself. The client sends its token
+// with every call, with the login, too, and etcd before 3.5 refuses a login that comes with a token
+// which it does not know any more, after a restart; on that refusal the client logs in again, from
+// within the login, without end.
+func loginThrough(login *clientv3.Client) grpc.UnaryClientInterceptor {
+	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn,
+		invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if method == "/etcdserverpb.Auth/Authenticate" {
+			cc = login.ActiveConnection()
+		}
+		return invoke(ctx, method, req, reply, cc, opts...)
+	}
 }
 
 // Reachable reads once from etcd.
@@ -133,12 +160,12 @@ func keep(ctx context.Context, c *clientv3.Client, lease clientv3.LeaseID) error
 	return err
 }
 
-// revoke gives a lease up, and with it the keys bound to it.
+// revoke gives a lease up, and with it the keys bound to it. A lease that is lost needs no giving up.
 func revoke(ctx context.Context, c *clientv3.Client, lease clientv3.LeaseID) error {
 	if lease == clientv3.NoLease {
 		return nil
 	}
-	if _, err := c.Revoke(ctx, lease); err != nil {
+	if _, err := c.Revoke(ctx, lease); err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
 		return fmt.Errorf("revoke lease %x: %w", lease, err)
 	}
 	return nil
