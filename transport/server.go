@@ -9,8 +9,10 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/panjf2000/gnet/v2"
@@ -55,6 +57,7 @@ type Options struct {
 
 // Bounds that are not configured.
 const (
+	fdHeadroom     = 256 // descriptors kept for Kafka, Redis, etcd, gRPC, files
 	tickInterval   = 100 * time.Millisecond
 	egressSlack    = 64 << 10
 	verifyQueue    = 1024 // slow token checks waiting
@@ -90,7 +93,7 @@ func (o *Options) boundConnections() error {
 		return fmt.Errorf("read the limit on open files: %w", err)
 	}
 	files := int(min(limit.Cur, 1<<24))
-	bound := files - headroom(files)
+	bound := files - fdHeadroom - courtesy
 	switch {
 	case bound < 1:
 		return errors.New("the limit on open files leaves no room for connections: raise ulimit -n")
@@ -103,11 +106,6 @@ func (o *Options) boundConnections() error {
 	}
 	return nil
 }
-
-// headroom is how many descriptors of a limit are kept for Kafka, Redis, etcd, gRPC and files, for
-// connections that are refused, and for those that gnet accepts faster than they can be refused:
-// at most a listen queue full.
-func headroom(files int) int { return min(max(256, files/10), 256+4096) }
 
 func def[T int | time.Duration](v *T, d T) {
 	if *v == 0 {
@@ -186,15 +184,15 @@ func (s *Server) Loops() int { return len(s.loops) }
 
 // Start listens and returns when connections are accepted. ctx bounds the start only.
 func (s *Server) Start(ctx context.Context) error {
+	port, free, err := reserve(ctx, s.opts.Addr)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	defer free()
 	runCtx, cancel := context.WithCancel(context.Background())
 	s.cancel = cancel
-	var err error // why it ended; read after done
 	s.children.Go(func() {
-		err = s.runEngine("tcp://" + s.opts.Addr)
-		if host, port, splitErr := net.SplitHostPort(s.opts.Addr); splitErr == nil && host == "" &&
-			errors.Is(err, unix.EAFNOSUPPORT) {
-			err = s.runEngine("tcp4://0.0.0.0:" + port) // a kernel without IPv6
-		}
+		err = s.runEngine(port) // read after done
 		if !s.stopping.Load() {
 			s.err = ErrEngineEnded
 			if err != nil {
@@ -227,13 +225,54 @@ func (s *Server) Start(ctx context.Context) error {
 	return nil
 }
 
-// runEngine runs the event loops and returns when they have ended.
+// reserve finds out that the address is free, and a port where it names none; free lets the port go,
+// once the loops have it. The loops share their port by SO_REUSEPORT, which would also let them share
+// it with another process of ours and never say so.
+func reserve(ctx context.Context, address string) (port string, free func(), err error) {
+	host, number, err := net.SplitHostPort(address)
+	if err != nil {
+		return "", nil, err
+	}
+	lc := net.ListenConfig{}
+	if number == "0" {
+		lc.Control = func(_, _ string, c syscall.RawConn) (err error) {
+			if ctlErr := c.Control(func(fd uintptr) {
+				err = os.NewSyscallError("setsockopt", unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1))
+			}); ctlErr != nil {
+				return ctlErr
+			}
+			return err
+		}
+	}
+	ln, err := lc.Listen(ctx, "tcp", address)
+	if err != nil {
+		return "", nil, err
+	}
+	free = func() { _ = ln.Close() } // it has accepted nothing
+	if number != "0" {
+		free()
+		free = func() {}
+	}
+	tcp, ok := ln.Addr().(*net.TCPAddr)
+	if !ok {
+		return "", nil, fmt.Errorf("%s is no TCP address", ln.Addr())
+	}
+	scheme := "tcp://"
+	if host == "" && tcp.IP.To4() != nil { // a kernel without IPv6
+		host, scheme = "0.0.0.0", "tcp4://"
+	}
+	return scheme + net.JoinHostPort(host, strconv.Itoa(tcp.Port)), free, nil
+}
+
+// runEngine runs the event loops and returns when they have ended. Each loop accepts for itself: so
+// the count of connections is checked after every accept, and never runs ahead of the loops. A loop
+// that accepts for others would do so until no descriptor is left, which ends gnet.
 func (s *Server) runEngine(address string) error {
 	return gnet.Run(s, address,
 		gnet.WithNumEventLoop(len(s.loops)),
-		gnet.WithLoadBalancing(gnet.RoundRobin),
-		gnet.WithTCPNoDelay(gnet.TCPNoDelay),
+		gnet.WithReusePort(true),
 		gnet.WithReuseAddr(true),
+		gnet.WithTCPNoDelay(gnet.TCPNoDelay),
 		gnet.WithLogger(gnetLog{s.opts.Logger}),
 		gnet.WithLogLevel(logging.ErrorLevel))
 }
