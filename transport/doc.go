@@ -8,6 +8,10 @@
 // rest to the user's shard in batches. It writes what the shards command, all frames of a batch for
 // one connection in one write, and reports what the kernel took.
 //
-// A loop never blocks, takes no lock on the way of a message, and keeps nothing for an idle connection but a
-// small struct.
+// Each loop accepts connections for itself, on a socket of its own that shares the port, so that the
+// bound on connections is checked after every accept.
+//
+// A loop never blocks, takes no lock on the way of a message, and keeps nothing for an idle connection
+// but a small struct. What a connection needs beside it (a message that comes in pieces, net/http's
+// view of it, a close that waits for the peer) is there only as long as it is needed.
 package transport

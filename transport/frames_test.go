@@ -1,11 +1,9 @@
 package transport
 
 import (
-	"bytes"
 	"io"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/gobwas/ws"
 
@@ -143,34 +141,4 @@ func TestPanicIsContained(t *testing.T) {
 	if f := good.read(); !strings.Contains(string(f.Payload), "pong") {
 		t.Errorf("got %q", f.Payload)
 	}
-}
-
-// FuzzFrames feeds any bytes whole and split in two: the answers must be the same.
-func FuzzFrames(f *testing.F) {
-	f.Add([]byte(text("hello")+frame(true, ws.OpPing, "p")), 3)
-	f.Add([]byte(frame(false, ws.OpText, "\xc3")+frame(true, ws.OpContinuation, "\xa9")), 8)
-	f.Add([]byte("\x81\xff\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x00a"), 4)
-	s := startEcho(f, func(o *Options) { o.Loops = 1; o.MaxMessageBytes = 1 << 16 })
-	f.Fuzz(func(t *testing.T, input []byte, cut int) {
-		if cut < 0 || cut > len(input) || len(input) > 1<<12 {
-			return
-		}
-		run := func(parts ...[]byte) []byte {
-			c := echoClient(t, s)
-			for _, p := range parts {
-				if _, err := c.Write(p); err != nil {
-					break
-				}
-			}
-			// The close frame ends every run, also one that waits for more of a frame's payload.
-			_ = c.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
-			out, _ := io.ReadAll(c.r)
-			_ = c.Close()
-			return out
-		}
-		whole, split := run(input), run(input[:cut], input[cut:])
-		if !bytes.Equal(whole, split) {
-			t.Errorf("whole: %x, split at %d: %x", whole, cut, split)
-		}
-	})
 }

@@ -287,10 +287,13 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 // follow it.
 func (cn *conn) finishUpgrade(head []byte, inBuffer int, authClose bool, who Identity, err error) {
 	l := cn.l
-	if err != nil && !authClose {
+	if err != nil {
 		l.s.metrics.handshake.refused.Inc()
-		cn.respond(unauthorized(err))
-		return
+		l.s.log.Debug().Err(err).Stringer("remote", cn.c.RemoteAddr()).Msg("upgrade refused")
+		if !authClose {
+			cn.respond(unauthorized(err))
+			return
+		}
 	}
 	l.hs.reset(head)
 	_, upErr := upgrader.Upgrade(&l.hs)
@@ -311,7 +314,6 @@ func (cn *conn) finishUpgrade(head []byte, inBuffer int, authClose bool, who Ide
 	}
 	cn.state = stateOpen
 	if err != nil {
-		l.s.metrics.handshake.refused.Inc()
 		cn.endOpen(codec.CloseTokenRefused, reasonAuth,
 			appendClose(l.hs.out, codec.CloseTokenRefused, reasonAuth))
 		return
