@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -94,6 +95,49 @@ func opened(l *loop, user string) (*conn, *pipe) {
 		l.startSession(cn, Identity{User: user, ExpiresAt: l.now + 1e6})
 	}
 	return cn, p
+}
+
+// TestUpgradeAllocations bounds what an upgrade allocates and copies, the token's check apart: the head
+// is read where it lies, and copied once, into the upgrader's pooled buffer.
+func TestUpgradeAllocations(t *testing.T) {
+	head := []byte("GET /ws HTTP/1.1\r\n" + upgradeLines + "Sec-WebSocket-Protocol: im.json.v1, bearer.abc\r\n\r\n")
+	var h upgradeHead
+	h.read(head)
+	if string(h.token) != "abc" || !h.upgrade || &h.token[0] != &head[len(head)-7] {
+		t.Fatal("the token was not read in place")
+	}
+	l := bareLoop(t, &dropSink{}, nil)
+	who := Identity{User: "alice", ExpiresAt: l.now + 1e6}
+	p := &pipe{}
+	cn := &conn{c: p, l: l, head: -1}
+	upgrade := func() {
+		cn.state, p.in = stateHead, head
+		h.read(head)
+		cn.finishUpgrade(head, len(head), false, who, nil)
+		if cn.state != stateOpen || len(p.in) > 0 || len(l.hs.in) > 0 {
+			t.Fatal("the upgrade was not done")
+		}
+		l.endSession(cn, codec.CloseNormal, reasonPeer)
+	}
+	upgrade()
+	answer := string(l.hs.out)
+	const most = 6
+	allocs := testing.AllocsPerRun(200, upgrade)
+	var before, after runtime.MemStats
+	const rounds = 1000
+	runtime.ReadMemStats(&before)
+	for range rounds {
+		upgrade()
+	}
+	runtime.ReadMemStats(&after)
+	bytes := (after.TotalAlloc - before.TotalAlloc) / rounds
+	t.Logf("an upgrade of %d bytes, answered by %d: %.0f allocations, %d bytes", len(head), len(answer), allocs, bytes)
+	if raceEnabled {
+		return // pools forget at random
+	}
+	if allocs > most || bytes > uint64(len(head)) {
+		t.Errorf("%.0f allocations, %d bytes; want %d and less than the head's %d", allocs, bytes, most, len(head))
+	}
 }
 
 func TestReadPathAllocations(t *testing.T) {
