@@ -69,7 +69,7 @@ const (
 	needEtcd     = "etcd"
 	needKafka    = "kafka"
 	needRedis    = "redis"
-	needConsumer = "kafka consumer"
+	needClients  = "kafka clients"
 	needListener = "listener"
 	needRegistry = "registration"
 )
@@ -84,7 +84,7 @@ func New(cfg Config, logger zerolog.Logger) (*Engine, error) {
 	}
 	e := &Engine{
 		cfg: cfg, metrics: prometheus.NewRegistry(), started: time.Now(),
-		ready:    NewReadiness(needEtcd, needKafka, needRedis, needConsumer, needListener, needRegistry),
+		ready:    NewReadiness(needEtcd, needKafka, needRedis, needClients, needListener, needRegistry),
 		begin:    make(chan struct{}),
 		publicUp: make(chan struct{}),
 		failed:   make(chan error, 1),

@@ -124,7 +124,7 @@ func (e *Engine) startTopics(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return e.await(ctx, needKafka, func(ctx context.Context) error {
+	err = e.await(ctx, needKafka, func(ctx context.Context) error {
 		if err := admin.Reachable(ctx); err != nil {
 			if errors.Is(err, broker.ErrLogin) {
 				return fatalError{err}
@@ -143,6 +143,11 @@ func (e *Engine) startTopics(ctx context.Context) error {
 		}
 		return fatalError{err}
 	})
+	if err != nil {
+		return err
+	}
+	e.ready.Met(needKafka)
+	return nil
 }
 
 func (e *Engine) startRedis(ctx context.Context) error {
@@ -265,10 +270,10 @@ func (e *Engine) startKafka(ctx context.Context) error {
 		return err
 	}
 	e.goTask("kafka producer", e.producer.Run)
+	e.ready.Waiting(needClients, "connecting the producer")
 	if err := e.until(ctx, e.producer.Ready()); err != nil {
 		return fmt.Errorf("connect the producer: %w", err)
 	}
-	e.ready.Met(needKafka)
 	e.consumer, err = broker.NewConsumer(opts, e.producer, e.cfg.Shard.Count, e.shards.Deliver, func(ctx context.Context) error {
 		err := e.owner.Check(ctx)
 		if errors.Is(err, registry.ErrNotOwner) {
@@ -286,11 +291,11 @@ func (e *Engine) startKafka(ctx context.Context) error {
 		}
 		return err
 	})
-	e.ready.Waiting(needConsumer, "joining the group")
+	e.ready.Waiting(needClients, "joining the consumer group")
 	if err := e.until(ctx, e.consumer.Ready()); err != nil {
 		return fmt.Errorf("join the consumer group: %w", err)
 	}
-	e.ready.Met(needConsumer)
+	e.ready.Met(needClients)
 	return nil
 }
 
