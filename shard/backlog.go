@@ -1,6 +1,10 @@
 package shard
 
-import "im-gateway/codec"
+import (
+	"math"
+
+	"im-gateway/codec"
+)
 
 // backlog is what the kernel has not taken yet for one session, or what is held until `connected`.
 // Only the few sessions that have one are in the map.
@@ -45,6 +49,10 @@ func (s *shard) addPending(ses *session, c *codec.Command) {
 	l.frames = append(l.frames, pendingFrame{
 		position: c.Position, size: int32(len(c.Payload)), since: s.now, delivery: c.Delivery,
 	})
+	s.handling = codec.Delivery{}
+	if len(l.frames) == 1 && ses.state == live {
+		s.schedule(ses, s.nextDue(ses))
+	}
 }
 
 // onFlushed settles the frames that the kernel has taken: all up to position.
@@ -82,16 +90,22 @@ func (s *shard) settle(ses *session, end codec.End) {
 	}
 }
 
-// settleAll ends every delivery that is still with the shard, when it stops.
+// settleAll ends every delivery that is still with the shard, which has stopped: what waits in its
+// queues, in its batches, and in the kernel's stead. A batch that is with a loop may never come back;
+// the loop writes its outcomes only, so the deliveries can be read.
 func (s *shard) settleAll(end codec.End) {
 	s.drainReturns()
 	for i := range s.out {
-		if b := s.out[i].fill; b != nil {
+		o := &s.out[i]
+		for _, b := range []*codec.EgressBatch{o.sent, o.fill} {
+			if b == nil {
+				continue
+			}
 			for j := range b.Commands {
 				s.end(b.Commands[j].Delivery, end)
 			}
-			s.out[i].fill = nil
 		}
+		o.sent, o.fill = nil, nil
 	}
 	for r := range s.backlogs {
 		s.settle(s.byRef(r), end)
@@ -104,20 +118,18 @@ func (s *shard) settleAll(end codec.End) {
 				s.end(d, end)
 			}
 		default:
+			s.flushEnds()
 			return
 		}
 	}
 }
 
-// sweepBacklogs closes the sessions whose oldest waiting frame is too old.
-func (s *shard) sweepBacklogs() {
-	limit := s.now - s.opts.DeliveryTimeout.Milliseconds()
-	for r, l := range s.backlogs {
-		if len(l.frames) > 0 && l.frames[0].since < limit {
-			if ses := s.byRef(r); ses.state != closing {
-				s.metrics.slow.Inc()
-				s.close(ses, codec.CloseSlowConsumer, "nothing was read for too long")
-			}
+// deliveryDeadline is when the session's oldest waiting frame will have waited for too long, Unix ms.
+func (s *shard) deliveryDeadline(ses *session) int64 {
+	if ses.backlogged {
+		if l := s.backlogs[refOf(ses.id)]; len(l.frames) > 0 {
+			return l.frames[0].since + s.opts.DeliveryTimeout.Milliseconds()
 		}
 	}
+	return math.MaxInt64
 }

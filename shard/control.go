@@ -3,6 +3,7 @@ package shard
 import (
 	"context"
 	"sync"
+	"time"
 
 	"im-gateway/codec"
 )
@@ -64,6 +65,9 @@ func (p *pushSink) Ends(list []codec.Ended) {
 // Push delivers a record to those of its targets that are connected here and returns the ends in
 // the order of the targets; EndNone where ctx ended first.
 func (set *Set) Push(ctx context.Context, d *codec.Downstream) ([]codec.End, error) {
+	if len(d.Targets) == 0 {
+		return nil, nil
+	}
 	sink := &pushSink{ends: make([]codec.End, len(d.Targets)), open: len(d.Targets), done: make(chan struct{})}
 	d.Owner = sink
 	batches := make([]*codec.DeliveryBatch, len(set.shards))
@@ -112,7 +116,10 @@ func (set *Set) Kick(ctx context.Context, user, sessionName string, replaced boo
 	err := set.do(ctx, codec.ShardOf(user, len(set.shards)), func(s *shard) {
 		closed = s.kick(user, only, code, kickReason(reason))
 	})
-	return closed, err
+	if err != nil {
+		return 0, err // the shard may be at it still: closed is its own
+	}
+	return closed, nil
 }
 
 // Sessions describes the user's sessions.
@@ -127,12 +134,17 @@ func (set *Set) Sessions(ctx context.Context, user string) ([]SessionInfo, error
 			})
 		})
 	})
-	return list, err
+	if err != nil {
+		return nil, err // the shard may be at it still: list is its own
+	}
+	return list, nil
 }
 
 // Stats are a Set's counts. They are read one by one, while the shards go on.
 type Stats struct {
 	Sessions, Users, InFlight int64
+	Heartbeats                int64         // pings asked for
+	WheelLag                  time.Duration // by how much the wheel that is furthest behind is
 	Ends                      map[string]int64
 	Refused                   map[string]int64
 }
@@ -143,8 +155,10 @@ func (set *Set) Stats() Stats {
 	for _, s := range set.shards {
 		st.Sessions += s.sessions.Load()
 		st.Users += s.userNum.Load()
+		st.WheelLag = max(st.WheelLag, time.Duration(s.lag.Load())*tickLength)
 	}
 	m := set.shards[0].metrics
+	st.Heartbeats = value(m.heartbeats)
 	st.InFlight = m.inFlight.Load()
 	for end := codec.EndDelivered; end < codec.NumEnds; end++ {
 		st.Ends[end.String()] = value(m.ends[end])

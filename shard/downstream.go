@@ -1,6 +1,10 @@
 package shard
 
-import "im-gateway/codec"
+import (
+	"unicode/utf8"
+
+	"im-gateway/codec"
+)
 
 // expirySkew is how far the sender's clock may be ahead of ours, in ms.
 const expirySkew = 5000
@@ -12,14 +16,13 @@ type ownerEnds struct {
 }
 
 func (s *shard) onDeliveries(b *codec.DeliveryBatch) {
-	for _, d := range b.Deliveries {
-		s.metrics.deliveries.Inc()
-		s.deliver(d)
-	}
+	s.metrics.deliveries.Add(float64(len(b.Deliveries)))
+	s.forEach(len(b.Deliveries), func(i int) { s.deliver(b.Deliveries[i]) }, nil)
 }
 
 // deliver decides what becomes of one record for one target.
 func (s *shard) deliver(d codec.Delivery) {
+	s.current, s.handling = 0, d
 	rec := d.Record
 	user := rec.Targets[d.Target]
 	if rec.ExpireAt > 0 && rec.ExpireAt+expirySkew < s.now {
@@ -42,9 +45,16 @@ func (s *shard) deliver(d codec.Delivery) {
 	s.send(ses, rec.Frame, d)
 }
 
+// maxCloseReason is what a close frame has room for, in bytes.
+const maxCloseReason = 123
+
 func kickReason(reason string) string {
 	if reason == "" {
 		return "kicked"
+	}
+	for len(reason) > maxCloseReason {
+		_, size := utf8.DecodeLastRuneInString(reason)
+		reason = reason[:len(reason)-size]
 	}
 	return reason
 }
@@ -69,6 +79,7 @@ func (s *shard) end(d codec.Delivery, end codec.End) {
 	if d.Record == nil {
 		return
 	}
+	s.handling = codec.Delivery{}
 	s.metrics.ends[end].Inc()
 	owner := d.Record.Owner
 	if owner == nil {
@@ -84,9 +95,8 @@ func (s *shard) end(d codec.Delivery, end codec.End) {
 }
 
 func (s *shard) flushEnds() {
-	for i := range s.ends {
-		s.ends[i].owner.Ends(s.ends[i].list)
-	}
-	clear(s.ends)
-	s.ends = s.ends[:0]
+	ends := s.ends
+	s.ends = ends[:0]
+	s.forEach(len(ends), func(i int) { ends[i].owner.Ends(ends[i].list) }, nil)
+	clear(ends)
 }

@@ -8,11 +8,14 @@ import (
 type outbox struct {
 	fill  *codec.EgressBatch
 	spare *codec.EgressBatch
-	busy  bool // a batch is with the loop
+	sent  *codec.EgressBatch // with the loop; nil: none is
 }
 
-// maxKeptArena keeps a batch that grew during a burst from holding its memory.
-const maxKeptArena = 1 << 20
+// A batch that grew during a burst does not hold its memory.
+const (
+	maxKeptArena    = 1 << 20
+	maxKeptCommands = 1 << 13
+)
 
 // box is the batch being filled for the session's loop.
 func (s *shard) box(ses *session) *codec.EgressBatch {
@@ -35,16 +38,26 @@ func (s *shard) command(ses *session) *codec.Command {
 
 // frame sends payload to the session. A delivery that it carries ends now or later, exactly once.
 func (s *shard) frame(ses *session, payload []byte, d codec.Delivery) {
-	if int(ses.pending)+len(payload) > s.opts.EgressBudget && ses.pending > 0 {
-		s.metrics.slow.Inc()
+	if s.tooMuch(ses, payload) {
 		s.end(d, codec.EndSlowConsumer)
-		s.close(ses, codec.CloseSlowConsumer, "too much is waiting to be read")
 		return
 	}
 	ses.pending += int32(len(payload))
 	ses.out++
 	c := s.command(ses)
 	c.Kind, c.Payload, c.Delivery = codec.CommandFrame, payload, d
+	s.handling = codec.Delivery{}
+}
+
+// tooMuch closes a session for which more than its budget would wait. A frame by itself is never too
+// much, however large.
+func (s *shard) tooMuch(ses *session, payload []byte) bool {
+	if ses.pending == 0 || int(ses.pending)+len(payload) <= s.opts.EgressBudget {
+		return false
+	}
+	s.metrics.slow.Inc()
+	s.close(ses, codec.CloseSlowConsumer, "too much is waiting to be read")
+	return true
 }
 
 // send is frame, but for a session whose `connected` has not gone out yet: its frames are held.
@@ -53,10 +66,8 @@ func (s *shard) send(ses *session, payload []byte, d codec.Delivery) {
 	case live:
 		s.frame(ses, payload, d)
 	case claiming:
-		if int(ses.pending)+len(payload) > s.opts.EgressBudget {
-			s.metrics.slow.Inc()
+		if s.tooMuch(ses, payload) {
 			s.end(d, codec.EndSlowConsumer)
-			s.close(ses, codec.CloseSlowConsumer, "too much is waiting to be read")
 			return
 		}
 		ses.pending += int32(len(payload))
@@ -66,8 +77,13 @@ func (s *shard) send(ses *session, payload []byte, d codec.Delivery) {
 			payload = append([]byte(nil), payload...)
 		}
 		l.held = append(l.held, heldFrame{payload, d})
+		s.handling = codec.Delivery{}
 	default:
-		s.end(d, codec.EndOffline)
+		end := codec.EndOffline
+		if ses.closeCode == codec.CloseSlowConsumer {
+			end = codec.EndSlowConsumer
+		}
+		s.end(d, end)
 	}
 }
 
@@ -91,12 +107,11 @@ func (s *shard) release(ses *session) {
 func (s *shard) flushEgress() {
 	for i := range s.out {
 		o := &s.out[i]
-		if o.busy || o.fill == nil || len(o.fill.Commands) == 0 {
+		if o.sent != nil || o.fill == nil || len(o.fill.Commands) == 0 {
 			continue
 		}
-		b := o.fill
-		o.fill, o.busy = nil, true
-		s.opts.Egress.Submit(b)
+		o.sent, o.fill = o.fill, nil
+		s.opts.Egress.Submit(o.sent)
 	}
 }
 
@@ -113,33 +128,36 @@ func (s *shard) drainReturns() {
 
 // onReturn takes the outcomes of a batch.
 func (s *shard) onReturn(b *codec.EgressBatch) {
-	for i := range b.Commands {
-		c := &b.Commands[i]
-		if c.Kind != codec.CommandFrame {
-			continue
-		}
-		s.current = c.Session
-		ses := s.lookup(c.Session)
-		switch {
-		case c.Outcome == codec.OutcomeFlushed:
-			if ses != nil {
-				ses.pending -= int32(len(c.Payload))
-			}
-			s.end(c.Delivery, codec.EndDelivered)
-		case c.Outcome == codec.OutcomeBuffered && ses != nil:
-			s.addPending(ses, c)
-		default:
-			if ses != nil {
-				ses.pending -= int32(len(c.Payload))
-			}
-			s.end(c.Delivery, codec.EndOffline)
-		}
-	}
 	o := &s.out[b.Loop]
-	o.busy = false
-	if cap(b.Arena) > maxKeptArena {
+	o.sent = nil
+	s.forEach(len(b.Commands), func(i int) {
+		if c := &b.Commands[i]; c.Kind == codec.CommandFrame {
+			s.onOutcome(c)
+		}
+	}, nil)
+	if cap(b.Arena) > maxKeptArena || cap(b.Commands) > maxKeptCommands {
 		return
 	}
 	b.Reset()
 	o.spare = b
+}
+
+func (s *shard) onOutcome(c *codec.Command) {
+	s.current, s.handling = c.Session, c.Delivery
+	ses := s.lookup(c.Session)
+	if c.Outcome == codec.OutcomeBuffered && ses != nil {
+		s.addPending(ses, c)
+		return
+	}
+	end := codec.EndOffline
+	if c.Outcome == codec.OutcomeFlushed {
+		end = codec.EndDelivered
+	}
+	if ses != nil {
+		ses.pending -= int32(len(c.Payload))
+		if end == codec.EndOffline && ses.closeCode == codec.CloseSlowConsumer {
+			end = codec.EndSlowConsumer
+		}
+	}
+	s.end(c.Delivery, end)
 }

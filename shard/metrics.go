@@ -3,6 +3,7 @@ package shard
 import (
 	"fmt"
 	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
@@ -13,7 +14,8 @@ import (
 // metrics are shared by the shards of a Set; every counter may be raised from any goroutine.
 type metrics struct {
 	opened, closed, degraded, expired, slow, panics, orphans, unknown prometheus.Counter
-	presenceDropped, presenceSkipped                                  prometheus.Counter
+	presenceDropped, presenceSkipped, presenceFull                    prometheus.Counter
+	ingressFull, upstreamFull, heartbeats                             prometheus.Counter
 	deliveries                                                        prometheus.Counter
 	ends                                                              [codec.NumEnds]prometheus.Counter
 	refused                                                           map[codec.Code]prometheus.Counter
@@ -49,6 +51,10 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 		late:            counter("stored_late_total", "Those of them that came after OUTCOME_UNKNOWN."),
 		presenceDropped: counter("presence_dropped_total", "Presence operations dropped because too many were waiting."),
 		presenceSkipped: counter("presence_skipped_total", "Presence refreshes left out because the one before was still waiting."),
+		presenceFull:    counter("presence_full_total", "Times that presence operations had to wait in a shard."),
+		ingressFull:     counter("ingress_full_total", "Times that a loop found a shard's queue full and kept its events."),
+		upstreamFull:    counter("upstream_full_total", "Times that records had to wait in a shard for the broker's queue."),
+		heartbeats:      counter("heartbeats_total", "Pings asked of the event loops."),
 		deliveries:      counter("deliveries_total", "Deliveries taken in: one per record and target."),
 		refused:         map[codec.Code]prometheus.Counter{},
 	}
@@ -90,6 +96,15 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 			open -= value(m.ends[end])
 		}
 		return float64(open)
+	}))
+	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "im_gateway_shard_wheel_lag_seconds", Help: "How far the timing wheel that is furthest behind is behind.",
+	}, func() float64 {
+		var most int64
+		for _, s := range set.shards {
+			most = max(most, s.lag.Load())
+		}
+		return (time.Duration(most) * tickLength).Seconds()
 	}))
 	register(&queueCollector{set: set,
 		depth: prometheus.NewDesc("im_gateway_shard_queue_depth", "Batches waiting in a shard's queue.", []string{"shard", "queue"}, nil),

@@ -47,6 +47,7 @@ func (s *shard) flushPresence() {
 	}
 	n := len(s.ops)
 	if !s.opts.Presence.Submit(s.index, s.ops) {
+		s.metrics.presenceFull.Inc()
 		return // offered again at the next round, a tick away at the most
 	}
 	s.outstanding += n
@@ -55,11 +56,11 @@ func (s *shard) flushPresence() {
 
 func (s *shard) onPresence(results []PresenceResult) {
 	s.outstanding -= len(results)
-	for i := range results {
+	s.forEach(len(results), func(i int) {
 		r := &results[i]
 		s.current = r.Session
 		if r.Kind == Release {
-			continue
+			return
 		}
 		ses := s.lookup(r.Session)
 		if ses != nil {
@@ -71,7 +72,7 @@ func (s *shard) onPresence(results []PresenceResult) {
 		case Refresh:
 			s.onRefreshed(ses, r)
 		}
-	}
+	}, nil)
 }
 
 func (s *shard) onClaim(ses *session, r *PresenceResult) {
@@ -84,11 +85,20 @@ func (s *shard) onClaim(ses *session, r *PresenceResult) {
 		return
 	}
 	ses.version = r.Version
-	if r.PrevGateway != "" && r.PrevGateway != s.opts.GatewayID {
-		s.opts.Replaced(ses.user, r.PrevGateway, r.PrevSession)
-	}
 	if ses.state == claiming {
 		s.goLive(ses, false)
+	}
+	switch r.PrevGateway {
+	case "":
+	case s.opts.GatewayID:
+		// A session of this process that lives on; one of a process before it has another nonce.
+		id, ok := codec.ParseSessionName(r.PrevSession, s.opts.Nonce)
+		if prev := s.lookup(id); ok && prev != nil && prev != ses && prev.state != closing {
+			prev.superseded = true
+			s.close(prev, codec.CloseReplaced, "replaced by a newer session")
+		}
+	default:
+		s.opts.Replaced(ses.user, r.PrevGateway, r.PrevSession)
 	}
 }
 

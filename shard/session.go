@@ -97,7 +97,7 @@ func (s *shard) link(ses *session) (others ref) {
 	return others
 }
 
-// unlink takes ses out of its user's list.
+// unlink takes ses out of its user's list, if it is in it.
 func (s *shard) unlink(ses *session) {
 	me := refOf(ses.id)
 	first, ok := s.users[ses.user]

@@ -23,6 +23,13 @@ const (
 	publishQueue  = 1024
 )
 
+// Limits that follow from the layout of a session and of the wheel.
+const (
+	maxInterval        = time.Hour
+	maxEgressBudget    = 1 << 30
+	maxSessionInFlight = 1<<16 - 1
+)
+
 // Options configure a Set. Every field but Logger is required unless a default is named.
 type Options struct {
 	Shards    int
@@ -68,8 +75,15 @@ func (o *Options) validate() error {
 	case o.Heartbeat < tickLength || o.RefreshInterval < tickLength || o.AckDeadline < tickLength:
 		return fmt.Errorf("heartbeat %s, presence refresh %s, ack deadline %s: each must be at least %s",
 			o.Heartbeat, o.RefreshInterval, o.AckDeadline, tickLength)
-	case o.EgressBudget < 1:
-		return fmt.Errorf("egress budget: %d bytes", o.EgressBudget)
+	case o.ClaimTimeout < 0 || o.DeliveryTimeout < 0:
+		return fmt.Errorf("claim timeout %s, delivery timeout %s: neither may be negative", o.ClaimTimeout, o.DeliveryTimeout)
+	case max(o.Heartbeat, o.RefreshInterval, o.ClaimTimeout, o.DeliveryTimeout) > maxInterval:
+		return fmt.Errorf("heartbeat %s, presence refresh %s, claim timeout %s, delivery timeout %s: each must be at most %s",
+			o.Heartbeat, o.RefreshInterval, o.ClaimTimeout, o.DeliveryTimeout, maxInterval)
+	case o.EgressBudget < 1 || o.EgressBudget > maxEgressBudget:
+		return fmt.Errorf("egress budget: %d bytes, must be 1 to %d", o.EgressBudget, maxEgressBudget)
+	case o.MaxSessionInFlight < 1 || o.MaxSessionInFlight > maxSessionInFlight:
+		return fmt.Errorf("messages in flight per session: %d, must be 1 to %d", o.MaxSessionInFlight, maxSessionInFlight)
 	case o.Egress == nil || o.Publisher == nil || o.Presence == nil || o.Events == nil ||
 		o.Replaced == nil || o.Registerer == nil:
 		return errors.New("a port is missing")
@@ -86,9 +100,15 @@ func orDefault[T time.Duration | int](v, def T) T {
 
 // Set is the shards. Its methods may be called from any goroutine.
 type Set struct {
-	opts   Options
-	shards []*shard
-	done   chan struct{} // closed when Run's ctx has ended: nobody empties the queues any more
+	opts    Options
+	shards  []*shard
+	metrics *metrics
+	done    chan struct{} // closed when Run's ctx has ended: nobody empties the queues any more
+
+	// sending is held for reading by Deliver, a batch at a time: once Run has had it for writing, no
+	// delivery comes in any more.
+	sending sync.RWMutex
+	stopped bool // under sending
 }
 
 // ErrStopped is returned by calls that reach a Set whose Run has ended.
@@ -104,13 +124,15 @@ func New(opts Options) (*Set, error) {
 	if err != nil {
 		return nil, err
 	}
+	set.metrics = m
 	for i := range opts.Shards {
 		set.shards = append(set.shards, newShard(set, i, m))
 	}
 	return set, nil
 }
 
-// Run runs the shards until ctx ends; every delivery that is unsettled then ends EndShutdown.
+// Run runs the shards until ctx ends and all have returned; every delivery that is unsettled then
+// ends EndShutdown. It can be called once.
 func (set *Set) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for _, s := range set.shards {
@@ -119,6 +141,12 @@ func (set *Set) Run(ctx context.Context) error {
 	<-ctx.Done()
 	close(set.done)
 	wg.Wait()
+	set.sending.Lock()
+	set.stopped = true
+	set.sending.Unlock()
+	for _, s := range set.shards {
+		s.settleAll(codec.EndShutdown)
+	}
 	return nil
 }
 
@@ -141,6 +169,7 @@ func (set *Set) Offer(shard int, b *codec.IngressBatch) bool {
 	case s.ingress <- b:
 		return true
 	default:
+		set.metrics.ingressFull.Inc()
 		return false
 	}
 }
@@ -158,8 +187,14 @@ func (set *Set) Results(b *codec.UpstreamBatch) {
 	}
 }
 
-// Deliver hands deliveries to a shard and blocks while its queue is full, until ctx ends.
+// Deliver hands deliveries to a shard and blocks while its queue is full, until ctx ends. When it
+// returns nil each of them will end; otherwise none has been taken.
 func (set *Set) Deliver(ctx context.Context, shard int, b *codec.DeliveryBatch) error {
+	set.sending.RLock()
+	defer set.sending.RUnlock()
+	if set.stopped {
+		return ErrStopped
+	}
 	select {
 	case set.shards[shard].deliveries <- b:
 		return nil

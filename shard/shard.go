@@ -3,7 +3,6 @@ package shard
 import (
 	"context"
 	"math/rand/v2"
-	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -41,6 +40,7 @@ type shard struct {
 	// Read by metrics from other goroutines.
 	sessions atomic.Int64
 	userNum  atomic.Int64
+	lag      atomic.Int64 // ticks that the wheel is behind
 
 	// Owned by run.
 	now         int64 // Unix ms, once per round
@@ -49,13 +49,14 @@ type shard struct {
 	users       map[string]ref
 	wheel       wheel
 	target      uint32 // the tick that the clock has reached
-	lagging     bool   // the wheel has not
+	lagging     bool   // something that is due waits for its turn
 	out         []outbox
 	up          *codec.UpstreamBatch // admitted, not sent yet
 	flight      flight
 	backlogs    map[ref]*backlog
-	nextSweep   int64 // when backlogs are looked over, Unix ms
+	handling    codec.Delivery // taken in, neither ended nor handed on yet
 	ends        []ownerEnds
+	notes       []userNote
 	ops         []PresenceOp // not submitted yet
 	outstanding int          // submitted, without a result
 	drain       drain
@@ -82,7 +83,7 @@ func newShard(set *Set, index int, m *metrics) *shard {
 		stalled:        make([]atomic.Bool, o.Loops),
 		tables:         make([]table, o.Loops),
 		users:          map[string]ref{},
-		wheel:          newWheel(max(o.Heartbeat, o.RefreshInterval, o.ClaimTimeout)),
+		wheel:          newWheel(max(o.Heartbeat, o.RefreshInterval, o.ClaimTimeout, o.DeliveryTimeout)),
 		out:            make([]outbox, o.Loops),
 		up:             &codec.UpstreamBatch{Shard: index},
 		backlogs:       map[ref]*backlog{},
@@ -97,8 +98,6 @@ func (s *shard) run(ctx context.Context) {
 		s.guard(func() { s.round(ctx, ticker.C) })
 		s.flush()
 	}
-	s.settleAll(codec.EndShutdown)
-	s.flush()
 }
 
 // round waits for work, then takes what else is there.
@@ -126,7 +125,7 @@ func (s *shard) round(ctx context.Context, tick <-chan time.Time) {
 			s.onPresence(r)
 		case f := <-s.control:
 			s.clock()
-			f(s)
+			s.onControl(f)
 		case u := <-s.publishes:
 			s.clock()
 			s.onPublish(u)
@@ -140,7 +139,7 @@ func (s *shard) round(ctx context.Context, tick <-chan time.Time) {
 		}
 	} else {
 		s.clock()
-		s.onTick()
+		s.catchUp()
 	}
 	for range rounds {
 		if !s.more(tick) {
@@ -160,6 +159,12 @@ func (s *shard) more(tick <-chan time.Time) bool {
 		s.onResults(b)
 	case b := <-s.deliveries:
 		s.onDeliveries(b)
+	case r := <-s.presence:
+		s.onPresence(r)
+	case f := <-s.control:
+		s.onControl(f)
+	case u := <-s.publishes:
+		s.onPublish(u)
 	case <-tick:
 		s.onTick()
 	default:
@@ -168,43 +173,38 @@ func (s *shard) more(tick <-chan time.Time) bool {
 	return true
 }
 
-func (s *shard) clock() { s.now = s.opts.Now().UnixMilli() }
-
-// guard keeps a panic in the handling of one event from ending the process: it is counted and the
-// session at fault, where there is one, is closed.
-func (s *shard) guard(f func()) {
-	defer func() {
-		p := recover()
-		if p == nil {
-			return
-		}
-		s.metrics.panics.Inc()
-		s.opts.Logger.Error().Any("panic", p).Bytes("stack", debug.Stack()).Int("shard", s.index).
-			Msg("panic in a shard; the session at fault is closed")
-		if ses := s.lookup(s.current); ses != nil && ses.state != closing {
-			s.close(ses, codec.CloseInternal, "internal error")
-		}
-	}()
-	f()
+func (s *shard) onControl(f func(*shard)) {
+	s.current = 0
+	f(s)
 }
 
-// flush hands on everything that has gathered.
+func (s *shard) clock() { s.now = s.opts.Now().UnixMilli() }
+
+// flush hands on everything that has gathered. Each part is guarded by itself: a port that panics
+// does not keep the others waiting.
 func (s *shard) flush() {
 	s.current = 0
-	for i := range s.stalled {
-		if s.stalled[i].Load() && len(s.ingress) < cap(s.ingress) {
-			s.stalled[i].Store(false)
-			s.opts.Egress.Resume(i, s.index)
-		}
-	}
-	s.flushEgress()
-	s.flushEnds()
-	s.flushPresence()
+	s.guard(s.resume)
+	s.guard(s.flushEgress)
+	s.guard(s.flushEnds)
+	s.guard(s.flushNotes)
+	s.guard(s.flushPresence)
 	if len(s.up.Records) > 0 {
 		select {
 		case s.upstream <- s.up:
 			s.up = &codec.UpstreamBatch{Shard: s.index}
 		default: // the next round waits for room
+			s.metrics.upstreamFull.Inc()
+		}
+	}
+}
+
+// resume tells the loops that found the ingress queue full that it has room again.
+func (s *shard) resume() {
+	for i := range s.stalled {
+		if s.stalled[i].Load() && len(s.ingress) < cap(s.ingress) {
+			s.stalled[i].Store(false)
+			s.opts.Egress.Resume(i, s.index)
 		}
 	}
 }
@@ -213,43 +213,60 @@ func (s *shard) onIngress(b *codec.IngressBatch) {
 	// A loop returns a batch before it reports what happened to the connection later: outcomes
 	// must be known first.
 	s.drainReturns()
-	for i := range b.Events {
-		e := &b.Events[i]
-		s.current = e.Session
-		switch e.Kind {
-		case codec.EventMessage:
-			s.onMessage(e.Upstream)
-		case codec.EventFlushed:
-			s.onFlushed(e.Session, uint64(e.Value))
-		case codec.EventOpen:
-			s.onOpen(e.Session, e.Open)
-		case codec.EventClose:
-			s.onClose(e)
-		case codec.EventRefresh:
-			s.onRefresh(e.Session, e.Value)
+	s.forEach(len(b.Events), func(i int) { s.onEvent(&b.Events[i]) }, func(i int) {
+		// The loop reports a close once: whatever went wrong, the slot is given up.
+		if e := &b.Events[i]; e.Kind == codec.EventClose {
+			if ses := s.lookup(e.Session); ses != nil {
+				s.forget(ses, codec.EndOffline)
+			}
 		}
-	}
+	})
 	b.Release()
+}
+
+func (s *shard) onEvent(e *codec.Event) {
+	s.current = e.Session
+	switch e.Kind {
+	case codec.EventMessage:
+		s.onMessage(e.Upstream)
+	case codec.EventFlushed:
+		s.onFlushed(e.Session, uint64(e.Value))
+	case codec.EventOpen:
+		s.onOpen(e.Session, e.Open)
+	case codec.EventClose:
+		s.onClose(e)
+	case codec.EventRefresh:
+		s.onRefresh(e.Session, e.Value)
+	}
 }
 
 func (s *shard) onOpen(id codec.SessionID, o *codec.Open) {
 	ses := s.tables[id.Loop()].grow(id.Index())
+	if ses.state != free { // its close was never reported
+		s.forget(ses, codec.EndOffline)
+	}
 	*ses = session{
 		user: o.User, id: id, expiresAt: o.ExpiresAt, connectedAt: o.ConnectedAt,
 		next: noRef, state: claiming, refreshed: s.wheel.now,
 	}
 	s.sessions.Add(1)
+	s.metrics.opened.Inc()
+	if s.drain.on { // it takes nothing over: an older session of the user's lives out the drain
+		ses.superseded = true
+		s.close(ses, codec.CloseDraining, "draining")
+		return
+	}
+	wasOnline := false
 	for r := s.link(ses); r != noRef; {
 		older := s.byRef(r)
 		r = older.next
+		wasOnline = wasOnline || older.online
 		older.superseded = true
 		s.close(older, codec.CloseReplaced, "replaced by a newer session")
 	}
 	s.userNum.Store(int64(len(s.users)))
-	s.metrics.opened.Inc()
-	if s.drain.on {
-		s.close(ses, codec.CloseDraining, "draining")
-		return
+	if wasOnline { // the user stays online, by this session from now on, however it fares
+		s.goOnline(ses)
 	}
 	s.schedule(ses, ticks(s.opts.ClaimTimeout))
 	s.claimPresence(ses)
@@ -270,20 +287,19 @@ func (s *shard) goLive(ses *session, degraded bool) {
 	if ses.state != live { // what was held went over the budget
 		return
 	}
-	ses.online = true
-	s.opts.Events.UserEvent(true, ses.user, ses.id, "connected", s.now)
-	s.log.Debug().Str("user_id", ses.user).Str("session_id", ses.id.Name(s.opts.Nonce)).
-		Bool("degraded", degraded).Msg("connected")
+	if !ses.online {
+		s.goOnline(ses)
+	}
+	if e := s.log.Debug(); e.Enabled() {
+		e.Str("user_id", ses.user).Str("session_id", ses.id.Name(s.opts.Nonce)).
+			Bool("degraded", degraded).Msg("connected")
+	}
 	// A storm of connects is spread over the interval from here on.
 	phase := rand.Uint32N(s.heartbeatTicks)
 	ses.pinged = s.wheel.now - phase
 	refreshPhase := rand.Uint32N(s.refreshTicks)
 	ses.refreshed = s.wheel.now - refreshPhase
-	next := min(s.heartbeatTicks-phase, s.refreshTicks-refreshPhase)
-	if untilExpiry := ses.expiresAt - s.now; untilExpiry < int64(next)*tickLength.Milliseconds() {
-		next = ticks(max(0, time.Duration(untilExpiry)*time.Millisecond))
-	}
-	s.schedule(ses, next)
+	s.schedule(ses, s.nextDue(ses))
 }
 
 // close commands the close of a session; nothing reaches it any more. Its slot is free once the
@@ -298,17 +314,29 @@ func (s *shard) close(ses *session, code codec.CloseCode, reason string) {
 	s.leave(ses, reason)
 }
 
-// leave takes a session out of its user's list, the wheel and Redis.
+// leave takes a session out of its user's list, the wheel and Redis. The user goes offline with the
+// last one.
 func (s *shard) leave(ses *session, reason string) {
 	ses.state = closing
 	s.unschedule(ses)
 	s.unlink(ses)
 	s.userNum.Store(int64(len(s.users)))
 	s.releasePresence(ses)
-	if ses.online {
-		ses.online = false
-		s.opts.Events.UserEvent(false, ses.user, ses.id, reason, s.now)
+	if _, others := s.users[ses.user]; ses.online && !others {
+		s.note(false, ses, reason)
 	}
+	ses.online = false
+}
+
+// forget frees a session's slot. It can be called in any state.
+func (s *shard) forget(ses *session, end codec.End) {
+	s.settle(ses, end)
+	s.unschedule(ses)
+	s.unlink(ses)
+	*ses = session{}
+	s.sessions.Add(-1)
+	s.userNum.Store(int64(len(s.users)))
+	s.metrics.closed.Inc()
 }
 
 func (s *shard) onClose(e *codec.Event) {
@@ -323,17 +351,16 @@ func (s *shard) onClose(e *codec.Event) {
 	if e.Code == codec.CloseSlowConsumer || ses.closeCode == codec.CloseSlowConsumer {
 		end = codec.EndSlowConsumer
 	}
-	s.settle(ses, end)
-	s.metrics.closed.Inc()
 	if e.Code == codec.CloseHeartbeatMissed {
 		s.log.Info().Str("user_id", ses.user).Str("session_id", ses.id.Name(s.opts.Nonce)).Msg("heartbeat missed")
 	}
-	s.log.Debug().Str("user_id", ses.user).Str("session_id", ses.id.Name(s.opts.Nonce)).
-		Str("reason", e.Reason).Uint16("code", uint16(e.Code)).
-		Int64("duration_ms", s.now-ses.connectedAt).Uint32("messages_in", ses.in).Uint32("messages_out", ses.out).
-		Msg("disconnected")
-	*ses = session{}
-	s.sessions.Add(-1)
+	if l := s.log.Debug(); l.Enabled() {
+		l.Str("user_id", ses.user).Str("session_id", ses.id.Name(s.opts.Nonce)).
+			Str("reason", e.Reason).Uint16("code", uint16(e.Code)).
+			Int64("duration_ms", s.now-ses.connectedAt).Uint32("messages_in", ses.in).Uint32("messages_out", ses.out).
+			Msg("disconnected")
+	}
+	s.forget(ses, end)
 }
 
 func (s *shard) onRefresh(id codec.SessionID, expiresAt int64) {
@@ -345,16 +372,19 @@ func (s *shard) onRefresh(id codec.SessionID, expiresAt int64) {
 	b := s.box(ses)
 	start := len(b.Arena)
 	b.Arena = codec.AppendTokenRefreshed(b.Arena, expiresAt, s.now)
-	s.frame(ses, b.Arena[start:], codec.Delivery{})
+	s.send(ses, b.Arena[start:], codec.Delivery{})
 }
 
 func (s *shard) onTick() {
 	s.target = uint32(s.opts.Now().Sub(s.started) / tickLength)
-	s.lagging = !s.turn(s.target)
-	s.expireFlight()
-	if s.now >= s.nextSweep {
-		s.nextSweep = s.now + time.Second.Milliseconds()
-		s.sweepBacklogs()
-	}
+	s.catchUp()
 	s.drainStep()
+}
+
+// catchUp does a bounded share of what is due; while more is, it is called again every round.
+func (s *shard) catchUp() {
+	turned := s.turn(s.target)
+	expired := s.expireFlight()
+	s.lagging = !turned || !expired
+	s.lag.Store(int64(int32(s.target - s.wheel.now)))
 }

@@ -71,8 +71,9 @@ func TestDegradedPresence(t *testing.T) {
 		}
 		time.Sleep(31 * time.Second)
 		synctest.Wait()
-		if claims := w.operations(Claim); claims != 2 {
-			t.Errorf("%d claims, want the first and one instead of a refresh", claims)
+		// The phase of the refresh is random: in 31 s it comes once, or twice where it begins early.
+		if claims := w.operations(Claim); claims < 2 || claims > 3 {
+			t.Errorf("%d claims, want the first and one in place of each refresh", claims)
 		}
 		cancel()
 		synctest.Wait()

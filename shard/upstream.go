@@ -96,6 +96,7 @@ func refusalText(code codec.Code) string {
 
 // onPublish accepts or refuses a message of the HTTP API.
 func (s *shard) onPublish(u *codec.Upstream) {
+	s.current = 0
 	if code, retry := s.opts.Publisher.Admit(u.Size()); code != codec.OK {
 		s.metrics.refuse(code)
 		u.Reply <- codec.UpstreamResult{Code: code, RetryAfterMS: retry}
@@ -107,7 +108,8 @@ func (s *shard) onPublish(u *codec.Upstream) {
 
 // onResults answers the clients.
 func (s *shard) onResults(b *codec.UpstreamBatch) {
-	for _, u := range b.Records {
+	s.forEach(len(b.Records), func(i int) {
+		u := b.Records[i]
 		s.current = u.Session
 		if !u.Unknown {
 			s.flight.remove(u)
@@ -116,7 +118,7 @@ func (s *shard) onResults(b *codec.UpstreamBatch) {
 		s.metrics.result(u.Result.Code, u.Unknown)
 		s.answer(u)
 		u.Release()
-	}
+	}, nil)
 	clear(b.Records)
 }
 
@@ -157,9 +159,15 @@ func (s *shard) reply(u *codec.Upstream, r codec.UpstreamResult) {
 }
 
 // expireFlight tells the clients of records whose deadline has passed that their outcome is not
-// known; the result, when it comes, is sent all the same.
-func (s *shard) expireFlight() {
+// known; the result, when it comes, is sent all the same. It looks at tickWork records at the most
+// and returns false when there are more.
+func (s *shard) expireFlight() bool {
+	work := 0
 	for u := s.flight.first; u != nil && u.Deadline <= s.now; u = s.flight.first {
+		if work++; work > tickWork {
+			return false
+		}
+		s.current = u.Session
 		s.flight.remove(u)
 		u.Unknown = true
 		s.metrics.unknown.Inc()
@@ -171,4 +179,5 @@ func (s *shard) expireFlight() {
 			s.refuse(ses, u, codec.OutcomeUnknown, 0)
 		}
 	}
+	return true
 }

@@ -66,6 +66,9 @@ func (s *shard) unschedule(ses *session) {
 // returns false when there is more to do.
 func (s *shard) turn(target uint32) bool {
 	w := &s.wheel
+	if span := uint32(len(w.slots)); int32(target-w.now) > int32(span) {
+		w.now = target - span // after a long stop of the process one turn finds every session
+	}
 	for work := 0; ; {
 		slot := w.now % uint32(len(w.slots))
 		for w.slots[slot] != noRef {
@@ -74,6 +77,7 @@ func (s *shard) turn(target uint32) bool {
 			}
 			ses := s.byRef(w.slots[slot])
 			s.unschedule(ses)
+			s.current = ses.id
 			s.due(ses)
 		}
 		if int32(target-w.now) <= 0 {
@@ -99,17 +103,33 @@ func (s *shard) due(ses *session) {
 		return // goLive has scheduled it
 	}
 	tick := s.wheel.now
+	if s.deliveryDeadline(ses) <= now {
+		s.metrics.slow.Inc()
+		s.close(ses, codec.CloseSlowConsumer, "nothing was read for too long")
+		return
+	}
 	if tick-ses.pinged >= s.heartbeatTicks {
 		ses.pinged = tick
+		s.metrics.heartbeats.Inc()
 		s.command(ses).Kind = codec.CommandPing
 	}
 	if tick-ses.refreshed >= s.refreshTicks {
 		ses.refreshed = tick
 		s.refreshPresence(ses)
 	}
-	next := min(s.heartbeatTicks-(tick-ses.pinged), s.refreshTicks-(tick-ses.refreshed))
-	if untilExpiry := ses.expiresAt - now; untilExpiry < int64(next)*tickLength.Milliseconds() {
-		next = ticks(time.Duration(untilExpiry) * time.Millisecond)
+	s.schedule(ses, s.nextDue(ses))
+}
+
+// left is what is left of a period; 0: it is over.
+func left(period, elapsed uint32) uint32 { return period - min(period, elapsed) }
+
+// nextDue is in how many ticks a live session is to be looked at again.
+func (s *shard) nextDue(ses *session) uint32 {
+	tick := s.wheel.now
+	next := min(left(s.heartbeatTicks, tick-ses.pinged), left(s.refreshTicks, tick-ses.refreshed))
+	until := min(ses.expiresAt, s.deliveryDeadline(ses)) - s.now
+	if until < int64(next)*tickLength.Milliseconds() {
+		next = ticks(time.Duration(max(until, 0)) * time.Millisecond)
 	}
-	s.schedule(ses, next)
+	return next
 }
