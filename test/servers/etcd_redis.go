@@ -14,7 +14,7 @@ type Etcd struct {
 
 // StartEtcd starts etcd with its data below dir.
 func StartEtcd(ctx context.Context, dir string) (*Etcd, error) {
-	if err := need("etcd", "etcd-server"); err != nil {
+	if err := need(program{"etcd", "etcd-server"}); err != nil {
 		return nil, err
 	}
 	client, err := freePort()
@@ -44,7 +44,7 @@ type Redis struct {
 
 // StartRedis starts Redis; password may be empty.
 func StartRedis(ctx context.Context, dir, password string) (*Redis, error) {
-	if err := need("redis-server", "redis-server"); err != nil {
+	if err := need(program{"redis-server", "redis-server"}); err != nil {
 		return nil, err
 	}
 	port, err := freePort()

@@ -15,41 +15,45 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 )
 
-// Kafka is a real Apache Kafka: one node, broker and controller.
+// Kafka is a real Apache Kafka: one node, broker and controller. Topics are not created by use.
 type Kafka struct {
 	*Process
-	Broker     string // PLAINTEXT
-	SASLBroker string // SASL_PLAINTEXT: PLAIN and SCRAM-SHA-256, with User and Password
-	User       string
-	Password   string
-	libs       string
+	Broker     string // PLAINTEXT, with every right
+	SASLBroker string // SASL_PLAINTEXT: PLAIN, SCRAM-SHA-256 and SCRAM-SHA-512
+	User       string // has every right
+	Limited    string // PLAIN only; has no right but those of ACLs that a test adds
+	Password   string // of both
+	Libs       string // the directory of the jars
 }
+
+const kafkaVersion = "4.1.0" // as in kafka/pom.xml
 
 func portOf(addr string) string {
 	_, port, _ := net.SplitHostPort(addr)
 	return port
 }
 
-// jars fetches Kafka once, into the repository's .cache, and returns the directory.
-func jars(ctx context.Context) (string, error) {
+// Jars returns the directory of Kafka's jars, in the repository's .cache; Maven fetches them when
+// they are not there.
+func Jars(ctx context.Context) (string, error) {
+	java, maven := program{"java", "openjdk-17-jre-headless"}, program{"mvn", "maven"}
 	_, file, _, ok := runtime.Caller(0)
 	if !ok {
 		return "", errors.New("fetch Kafka: where is the source?")
 	}
 	here := filepath.Dir(file)
-	libs := filepath.Join(here, "..", "..", ".cache", "kafka-4.1.0", "libs")
+	libs := filepath.Join(here, "..", "..", ".cache", "kafka-"+kafkaVersion, "libs")
 	if _, err := os.Stat(libs); err == nil {
-		return libs, nil
+		return libs, need(java)
 	}
-	for program, pkg := range map[string]string{"mvn": "maven", "java": "openjdk-17-jre-headless"} {
-		if err := need(program, pkg); err != nil {
-			return "", err
-		}
+	if err := need(java, maven); err != nil {
+		return "", err
 	}
 	parent := filepath.Dir(libs)
 	if err := os.MkdirAll(parent, 0o755); err != nil {
 		return "", fmt.Errorf("fetch Kafka: %w", err)
 	}
+	// Whole or not at all, whatever happens meanwhile: it becomes libs by a rename.
 	tmp, err := os.MkdirTemp(parent, "libs-")
 	if err != nil {
 		return "", fmt.Errorf("fetch Kafka: %w", err)
@@ -59,17 +63,18 @@ func jars(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", errors.Join(fmt.Errorf("fetch Kafka with Maven: %w\n%s", err, out), os.RemoveAll(tmp))
 	}
-	if err := os.Rename(tmp, libs); err != nil && !errors.Is(err, os.ErrExist) {
-		if _, statErr := os.Stat(libs); statErr != nil { // another test was not faster either
-			return "", fmt.Errorf("fetch Kafka: %w", err)
+	if err := os.Rename(tmp, libs); err != nil {
+		if _, missing := os.Stat(libs); missing != nil {
+			return "", errors.Join(fmt.Errorf("fetch Kafka: %w", err), os.RemoveAll(tmp))
 		}
+		return libs, os.RemoveAll(tmp) // another process was faster
 	}
 	return libs, nil
 }
 
-// StartKafka starts Kafka with its data below dir. The shared topics must be created.
+// StartKafka starts Kafka with its data below dir.
 func StartKafka(ctx context.Context, dir string) (*Kafka, error) {
-	libs, err := jars(ctx)
+	libs, err := Jars(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -79,35 +84,21 @@ func StartKafka(ctx context.Context, dir string) (*Kafka, error) {
 			return nil, err
 		}
 	}
-	k := &Kafka{Broker: loopback(ports[0]), SASLBroker: loopback(ports[1]), User: "gateway", Password: "kafka-pass-7331", libs: libs}
-	controller := loopback(ports[2])
+	k := &Kafka{
+		Broker: loopback(ports[0]), SASLBroker: loopback(ports[1]),
+		User: "gateway", Limited: "limited", Password: "kafka-pass-7331", Libs: libs,
+	}
 	properties := filepath.Join(dir, "kafka.properties")
-	scram := `org.apache.kafka.common.security.scram.ScramLoginModule required;`
-	plain := `org.apache.kafka.common.security.plain.PlainLoginModule required user_` + k.User + `="` + k.Password + `";`
-	text := strings.Join([]string{
-		"process.roles=broker,controller", "node.id=1",
-		"controller.quorum.bootstrap.servers=" + controller,
-		"listeners=PLAINTEXT://" + k.Broker + ",SASL_PLAINTEXT://" + k.SASLBroker + ",CONTROLLER://" + controller,
-		"advertised.listeners=PLAINTEXT://" + k.Broker + ",SASL_PLAINTEXT://" + k.SASLBroker,
-		"controller.listener.names=CONTROLLER",
-		"listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT",
-		"sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256",
-		"listener.name.sasl_plaintext.plain.sasl.jaas.config=" + plain,
-		"listener.name.sasl_plaintext.scram-sha-256.sasl.jaas.config=" + scram,
-		"log.dirs=" + filepath.Join(dir, "kafka"),
-		"offsets.topic.replication.factor=1", "offsets.topic.num.partitions=1",
-		"group.initial.rebalance.delay.ms=0", "auto.create.topics.enable=false",
-		"log.retention.check.interval.ms=300000", "",
-	}, "\n")
-	if err := os.WriteFile(properties, []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(properties, []byte(k.properties(loopback(ports[2]), filepath.Join(dir, "kafka"))), 0o600); err != nil {
 		return nil, fmt.Errorf("configure Kafka: %w", err)
 	}
 	id, err := k.tool(ctx, "kafka.tools.StorageTool", "random-uuid").Output()
 	if err != nil {
 		return nil, fmt.Errorf("make Kafka's cluster id: %w", err)
 	}
+	login := "=[name=" + k.User + ",password=" + k.Password + "]"
 	format := k.tool(ctx, "kafka.tools.StorageTool", "format", "--standalone", "-t", strings.TrimSpace(string(id)),
-		"-c", properties, "--add-scram", "SCRAM-SHA-256=[name="+k.User+",password="+k.Password+"]")
+		"-c", properties, "--add-scram", "SCRAM-SHA-256"+login, "--add-scram", "SCRAM-SHA-512"+login)
 	if out, err := format.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("format Kafka's storage: %w\n%s", err, out)
 	}
@@ -120,8 +111,35 @@ func StartKafka(ctx context.Context, dir string) (*Kafka, error) {
 	return k, k.Start(ctx)
 }
 
+// properties is Kafka's configuration.
+func (k *Kafka) properties(controller, data string) string {
+	scram := "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+	plain := "org.apache.kafka.common.security.plain.PlainLoginModule required"
+	for _, user := range []string{k.User, k.Limited} {
+		plain += " user_" + user + `="` + k.Password + `"`
+	}
+	return strings.Join([]string{
+		"process.roles=broker,controller", "node.id=1",
+		"controller.quorum.bootstrap.servers=" + controller,
+		"listeners=PLAINTEXT://" + k.Broker + ",SASL_PLAINTEXT://" + k.SASLBroker + ",CONTROLLER://" + controller,
+		"advertised.listeners=PLAINTEXT://" + k.Broker + ",SASL_PLAINTEXT://" + k.SASLBroker,
+		"controller.listener.names=CONTROLLER",
+		"listener.security.protocol.map=PLAINTEXT:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT",
+		"sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512",
+		"listener.name.sasl_plaintext.plain.sasl.jaas.config=" + plain + ";",
+		"listener.name.sasl_plaintext.scram-sha-256.sasl.jaas.config=" + scram,
+		"listener.name.sasl_plaintext.scram-sha-512.sasl.jaas.config=" + scram,
+		"authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+		"super.users=User:ANONYMOUS;User:" + k.User,
+		"log.dirs=" + data,
+		"offsets.topic.replication.factor=1", "offsets.topic.num.partitions=1",
+		"group.initial.rebalance.delay.ms=0", "auto.create.topics.enable=false",
+		"log.retention.check.interval.ms=300000", "",
+	}, "\n")
+}
+
 func (k *Kafka) tool(ctx context.Context, class string, args ...string) *exec.Cmd {
-	return exec.CommandContext(ctx, "java", append([]string{"-cp", filepath.Join(k.libs, "*"), class}, args...)...)
+	return exec.CommandContext(ctx, "java", append([]string{"-cp", filepath.Join(k.Libs, "*"), class}, args...)...)
 }
 
 // answers checks that the broker serves clients.
