@@ -116,6 +116,7 @@ func (k *claim) run() error {
 			return nil
 		case m, ok := <-messages:
 			if !ok {
+				k.settle()
 				return nil
 			}
 			if err := k.take(ctx, m); err != nil {

@@ -172,7 +172,7 @@ func (c *Consumer) sessions(ctx context.Context, group sarama.ConsumerGroup) err
 			return ErrFenced
 		case ctx.Err() != nil:
 			return nil
-		case permanent(err):
+		case permanent(err) && !c.joined():
 			return fmt.Errorf("kafka consumer: %w", err)
 		case c.refused(err):
 			return fmt.Errorf("kafka consumer: needs READ on topic %s and on group %s: %w", topics[0], c.opts.Group(), err)
@@ -191,11 +191,18 @@ func (c *Consumer) sessions(ctx context.Context, group sarama.ConsumerGroup) err
 // refused reports whether rights are missing at the start. Later they are waited for: it is better to
 // serve without downstream records than not at all.
 func (c *Consumer) refused(err error) bool {
+	return !c.joined() &&
+		(errors.Is(err, sarama.ErrGroupAuthorizationFailed) || errors.Is(err, sarama.ErrTopicAuthorizationFailed))
+}
+
+// joined reports whether the group has been joined once. From then on nothing but being fenced ends the
+// consumer: a fault of Kafka's, credentials included, must not end every gateway.
+func (c *Consumer) joined() bool {
 	select {
 	case <-c.ready:
-		return false
+		return true
 	default:
-		return errors.Is(err, sarama.ErrGroupAuthorizationFailed) || errors.Is(err, sarama.ErrTopicAuthorizationFailed)
+		return false
 	}
 }
 

@@ -34,6 +34,9 @@ const (
 	presenceBatches = 16
 	// presenceRound is how many operations are gathered for one round with Redis.
 	presenceRound = 4096
+	// lateClaim is how long after its session connected a claim is late: Redis was away, and the user
+	// may have connected elsewhere meanwhile.
+	lateClaim = 2 * time.Second
 	// presenceTimeout bounds one round with Redis.
 	presenceTimeout = 3 * time.Second
 )
@@ -100,6 +103,7 @@ func (b *presenceBridge) serve(ctx context.Context, n int) {
 func (b *presenceBridge) round(ctx context.Context, ops []shard.PresenceOp) []shard.PresenceResult {
 	ctx, cancel := context.WithTimeout(ctx, presenceTimeout)
 	defer cancel()
+	late := time.Now().Add(-lateClaim).UnixMilli()
 	results := make([]shard.PresenceResult, len(ops))
 	for _, kind := range []shard.PresenceKind{shard.Claim, shard.Refresh, shard.Release} {
 		var entries []registry.Entry
@@ -108,7 +112,7 @@ func (b *presenceBridge) round(ctx context.Context, ops []shard.PresenceOp) []sh
 			if ops[i].Kind == kind {
 				entries = append(entries, registry.Entry{
 					User: ops[i].User, Session: ops[i].Session.Name(b.nonce),
-					ConnectedAt: ops[i].ConnectedAt, Version: ops[i].Version,
+					ConnectedAt: ops[i].ConnectedAt, Version: ops[i].Version, Late: ops[i].ConnectedAt < late,
 				})
 				at = append(at, i)
 				results[i] = shard.PresenceResult{Kind: kind, Session: ops[i].Session, Version: ops[i].Version}
@@ -128,6 +132,7 @@ func (b *presenceBridge) do(ctx context.Context, kind shard.PresenceKind, entrie
 		for i, c := range b.store.Claim(ctx, entries) {
 			r := &results[at[i]]
 			r.Version, r.PrevGateway, r.PrevSession, r.Err = c.Version, c.PrevGateway, c.PrevSession, c.Err
+			r.Superseded = c.Superseded
 		}
 	case shard.Refresh:
 		for i, c := range b.store.Refresh(ctx, entries) {
@@ -198,6 +203,9 @@ func (s *sessions) Push(ctx context.Context, d *codec.Downstream) ([]codec.End, 
 // Sessions implements Sessions.
 func (s *sessions) Sessions(ctx context.Context, user string) ([]SessionInfo, error) {
 	list, err := s.Set.Sessions(ctx, user)
+	if err != nil {
+		return nil, err
+	}
 	out := make([]SessionInfo, 0, len(list))
 	for _, i := range list {
 		out = append(out, SessionInfo{
@@ -205,7 +213,7 @@ func (s *sessions) Sessions(ctx context.Context, user string) ([]SessionInfo, er
 			MessagesOut: i.MessagesOut, PendingBytes: i.PendingBytes, State: i.State,
 		})
 	}
-	return out, err
+	return out, nil
 }
 
 // Stats implements Sessions.

@@ -10,7 +10,12 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files and docs/configuration.md anew")
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m,
+		// gnet starts a worker pool that lives as long as the process.
+		goleak.IgnoreAnyFunction("github.com/panjf2000/ants/v2.(*poolCommon).purgeStaleWorkers"),
+		goleak.IgnoreAnyFunction("github.com/panjf2000/ants/v2.(*poolCommon).ticktock"))
+}
 
 // golden compares got with a file, or writes it.
 func golden(t *testing.T, path, got string) {

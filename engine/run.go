@@ -258,7 +258,7 @@ func (e *Engine) newServer() (*transport.Server, error) {
 		Addr: e.cfg.HTTP.Addr, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,
 		Sink: e.shards, Verifier: e.verifier, API: api,
 		MaxMessageBytes: w.MaxMessageBytes, HeadBytes: w.HeadBytes, HandshakeTimeout: w.HandshakeTimeout,
-		HeartbeatTimeout: w.HeartbeatTimeout, EgressBudget: w.EgressBudgetBytes, MaxConnections: w.MaxConnections,
+		Heartbeat: w.Heartbeat, HeartbeatTimeout: w.HeartbeatTimeout, EgressBudget: w.EgressBudgetBytes, MaxConnections: w.MaxConnections,
 		AllowedOrigins: w.AllowedOrigins, Logger: e.log, Registerer: e.metrics,
 	})
 }

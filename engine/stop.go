@@ -64,15 +64,25 @@ func (e *Engine) drainSessions(ctx context.Context, failure error) {
 		window = 0
 	}
 	e.log.Info().Int64("sessions", e.shards.Stats().Sessions).Dur("window_ms", window).Msg("draining")
+	// The consumer reads no further while the sessions close: the rest waits in Kafka. One that was
+	// fenced stops first.
+	stopped := make(chan error, 1)
+	stopConsumer := func() {
+		stopCtx, cancel := context.WithTimeout(ctx, e.left(ctx)*2/ackShare)
+		defer cancel()
+		stopped <- e.consumer.Stop(stopCtx)
+	}
+	fenced := errors.Is(failure, ErrFenced)
+	if fenced {
+		go stopConsumer()
+	}
 	e.step("clients told to reconnect", e.shards.Drain(ctx, window, "draining"))
 	ackCtx, cancel := context.WithTimeout(ctx, e.left(ctx)/ackShare)
 	e.step("acks in flight settled", e.shards.AwaitInFlight(ackCtx))
 	cancel()
-	// The consumer reads no further while the sessions close: the rest waits in Kafka.
-	stopped := make(chan error, 1)
-	stopCtx, stopCancel := context.WithTimeout(ctx, e.left(ctx)*2/ackShare)
-	defer stopCancel()
-	go func() { stopped <- e.consumer.Stop(stopCtx) }()
+	if !fenced {
+		go stopConsumer()
+	}
 	closeCtx, closeCancel := context.WithTimeout(ctx, e.left(ctx)/2)
 	e.step("sessions closed and presence deleted", e.shards.CloseAll(closeCtx, codec.CloseDraining, "draining"))
 	closeCancel()
@@ -81,7 +91,7 @@ func (e *Engine) drainSessions(ctx context.Context, failure error) {
 
 // closeProducer leaves time for what comes after it.
 func (e *Engine) closeProducer(ctx context.Context) {
-	closeCtx, cancel := context.WithTimeout(ctx, e.left(ctx)/2)
+	closeCtx, cancel := context.WithTimeout(ctx, e.left(ctx)/ackShare)
 	defer cancel()
 	t := e.task("kafka producer")
 	if t == nil {

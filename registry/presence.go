@@ -23,9 +23,14 @@ const presenceChunk = 500
 //
 // claim takes a version above any that was there, at least Redis' own clock in microseconds, so that
 // versions also rise across a loss of the data; such numbers are exact in Lua until the year 2255. It
-// returns the version with the previous gateway and session.
+// returns the version with the previous gateway and session. A late claim (ARGV[6]), one that comes
+// long after its session connected, takes nothing from a session that connected after it: the version
+// returned is empty then.
 const claimScript = `
-local prev = redis.call('HMGET', KEYS[1], 'gateway_id', 'session_id', 'version')
+local prev = redis.call('HMGET', KEYS[1], 'gateway_id', 'session_id', 'version', 'connected_at')
+if ARGV[6] == '1' and prev[2] and prev[2] ~= ARGV[2] and (tonumber(prev[4] or '') or 0) > tonumber(ARGV[4]) then
+  return {'', prev[1] or '', prev[2]}
+end
 local now = redis.call('TIME')
 local version = math.max(tonumber(now[1]) * 1000000 + tonumber(now[2]), (tonumber(prev[3] or '') or 0) + 1)
 local text = string.format('%.0f', version)
@@ -60,6 +65,7 @@ type Entry struct {
 	Session     string
 	ConnectedAt int64 // Unix ms
 	Version     int64 // what the claim returned; a claim itself ignores it
+	Late        bool  // of a claim: it comes long after ConnectedAt, and must not replace a newer session
 }
 
 // Claimed is the answer to a claim.
@@ -67,6 +73,7 @@ type Claimed struct {
 	Version     int64
 	PrevGateway string // empty: there was no entry, or it was this very session's
 	PrevSession string
+	Superseded  bool // of a late claim: a session that connected later stands, and was left alone
 	Err         error
 }
 
@@ -129,7 +136,7 @@ func NewPresence(o PresenceOptions) (*Presence, error) {
 	}, []string{"kind"})
 	ops := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "im_gateway_presence_operations_total",
-		Help: "Presence operations by kind and result. claim: new, replaced. refresh: extended, written_again (the " +
+		Help: "Presence operations by kind and result. claim: new, replaced, superseded. refresh: extended, written_again (the " +
 			"entry was missing or older), superseded. release: deleted, not_ours. lookup: present, absent. All: error.",
 	}, []string{"kind", "result"})
 	operation := func(name, script string, results ...string) *operation {
@@ -145,7 +152,7 @@ func NewPresence(o PresenceOptions) (*Presence, error) {
 	}
 	p := &Presence{
 		o: o, ttl: strconv.FormatInt(o.TTL.Milliseconds(), 10),
-		claim:        operation("claim", claimScript, "new", "replaced"),
+		claim:        operation("claim", claimScript, "new", "replaced", "superseded"),
 		refresh:      operation("refresh", refreshScript, "superseded", "extended", "written_again"),
 		release:      operation("release", releaseScript, "not_ours", "deleted"),
 		lookups:      [2]prometheus.Counter{ops.WithLabelValues("lookup", "absent"), ops.WithLabelValues("lookup", "present")},
@@ -167,6 +174,9 @@ func (p *Presence) Claim(ctx context.Context, entries []Entry) []Claimed {
 		}
 		c.Err = err
 		out[i] = c
+		if c.Superseded {
+			return 2, err
+		}
 		if c.PrevGateway != "" {
 			return 1, err
 		}
@@ -182,6 +192,9 @@ func readClaim(r rueidis.RedisResult) (Claimed, error) {
 	}
 	if len(parts) != 3 {
 		return Claimed{}, errors.New("unexpected answer of Redis")
+	}
+	if parts[0] == "" {
+		return Claimed{PrevGateway: parts[1], PrevSession: parts[2], Superseded: true}, nil
 	}
 	version, err := strconv.ParseInt(parts[0], 10, 64)
 	if err != nil {
@@ -264,8 +277,12 @@ func (p *Presence) send(ctx context.Context, op *operation, chunk []Entry) []rue
 }
 
 func (p *Presence) args(e *Entry) []string {
+	late := "0"
+	if e.Late {
+		late = "1"
+	}
 	return []string{
-		p.o.GatewayID, e.Session, p.ttl, strconv.FormatInt(e.ConnectedAt, 10), strconv.FormatInt(e.Version, 10),
+		p.o.GatewayID, e.Session, p.ttl, strconv.FormatInt(e.ConnectedAt, 10), strconv.FormatInt(e.Version, 10), late,
 	}
 }
 

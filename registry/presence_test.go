@@ -582,3 +582,30 @@ func BenchmarkRefresh10000(b *testing.B) {
 	}
 	b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N)/float64(len(entries)), "us/entry")
 }
+
+// TestLateClaimTakesNothingFromANewerSession: Redis was away when a session connected, and the user
+// has connected elsewhere since.
+func TestLateClaimTakesNothingFromANewerSession(t *testing.T) {
+	a, b, c := two(t)
+	ctx := t.Context()
+	newer := b.Claim(ctx, []Entry{{User: "alice", Session: "s2", ConnectedAt: 2000}})[0]
+	if newer.Err != nil {
+		t.Fatal(newer.Err)
+	}
+	late := a.Claim(ctx, []Entry{{User: "alice", Session: "s1", ConnectedAt: 1000, Late: true}})[0]
+	if late.Err != nil || !late.Superseded || late.PrevSession != "s2" {
+		t.Errorf("late claim: %+v", late)
+	}
+	if f := fields(t, c, "alice"); f["session_id"] != "s2" || f["version"] != strconv.FormatInt(newer.Version, 10) {
+		t.Errorf("entry %v", f)
+	}
+	for _, e := range []Entry{
+		{User: "bob", Session: "s1", ConnectedAt: 1000, Late: true},   // nobody stands
+		{User: "alice", Session: "s3", ConnectedAt: 3000, Late: true}, // an older one stands
+		{User: "alice", Session: "s0", ConnectedAt: 500},              // not late: the newest connect wins
+	} {
+		if got := a.Claim(ctx, []Entry{e})[0]; got.Err != nil || got.Superseded || got.Version == 0 {
+			t.Errorf("%+v: %+v", e, got)
+		}
+	}
+}

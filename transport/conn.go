@@ -42,6 +42,7 @@ type conn struct {
 	head     int32           // first command of the current egress batch; -1: none
 	last     int32           // its last
 	state    connState
+	suspect  bool // silent for so long that it is watched until it speaks or its time is over
 	backlog  bool // in the loop's backlog list
 	half     bool // our side is shut down
 	checking bool // a refreshed token is being checked
@@ -141,6 +142,38 @@ func (l *loop) tickBacklog() {
 	}
 	clear(l.backlog[len(kept):])
 	l.backlog = kept
+}
+
+// suspect watches a connection whose time will be over before the next ping.
+func (l *loop) suspect(cn *conn) {
+	o := &l.s.opts
+	if !cn.suspect && l.now-cn.lastRead+o.Heartbeat.Milliseconds() > o.HeartbeatTimeout.Milliseconds() {
+		cn.suspect = true
+		l.suspects = append(l.suspects, cn)
+	}
+}
+
+// tickSuspects closes the connections that have been silent for too long.
+func (l *loop) tickSuspects() {
+	if len(l.suspects) == 0 {
+		return
+	}
+	list := l.suspects
+	l.suspects = nil
+	kept := list[:0]
+	for _, cn := range list {
+		silent := l.now - cn.lastRead
+		switch {
+		case cn.state == stateOpen && silent > l.s.opts.HeartbeatTimeout.Milliseconds():
+			l.fail(cn, codec.CloseHeartbeatMissed, reasonSilent)
+		case cn.state == stateOpen && silent > l.s.opts.Heartbeat.Milliseconds():
+			kept = append(kept, cn)
+			continue
+		}
+		cn.suspect = false
+	}
+	clear(list[len(kept):])
+	l.suspects = append(kept, l.suspects...)
 }
 
 // fail closes a connection for a reason of the gateway's: a close frame where frames are spoken, then a

@@ -96,6 +96,7 @@ func (l *loop) serve(cn *conn, cmds []codec.Command, next []int32, head int32) {
 				closeAt = i
 				continue
 			}
+			l.suspect(cn)
 			out = appendFrame(out, ws.OpPing, nil)
 		case codec.CommandClose:
 			closeAt = i

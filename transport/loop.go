@@ -42,6 +42,7 @@ type loop struct {
 
 	heads     []deadline // connections that have not finished their head, oldest first
 	lingering []*conn
+	suspects  []*conn // silent for long
 	backlog   []waiting
 }
 
@@ -314,4 +315,5 @@ func (l *loop) tick() {
 	}
 	l.tickLingering()
 	l.tickBacklog()
+	l.tickSuspects()
 }

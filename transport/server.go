@@ -44,7 +44,8 @@ type Options struct {
 	MaxMessageBytes  int           // of all fragments together; 64 KiB
 	HeadBytes        int           // of an upgrade request; 8 KiB
 	HandshakeTimeout time.Duration // from accept to a whole head; 10 s
-	HeartbeatTimeout time.Duration // silence after which a ping command closes instead; 75 s
+	Heartbeat        time.Duration // between the shards' ping commands; 30 s
+	HeartbeatTimeout time.Duration // silence after which a connection is closed with 4001; 75 s
 	EgressBudget     int           // bytes; beyond it and 64 KiB the loop itself closes with 4000; 1 MiB
 	MaxConnections   int           // 0, or more than RLIMIT_NOFILE allows with a head-room: that
 	AllowedOrigins   []string      // of browsers; empty or *: all
@@ -70,6 +71,7 @@ func (o *Options) validate() error {
 	def(&o.MaxMessageBytes, 64<<10)
 	def(&o.HeadBytes, 8<<10)
 	def(&o.HandshakeTimeout, 10*time.Second)
+	def(&o.Heartbeat, 30*time.Second)
 	def(&o.HeartbeatTimeout, 75*time.Second)
 	def(&o.EgressBudget, 1<<20)
 	switch {
@@ -377,7 +379,10 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		return nil
 	}
 	if s.http != nil {
-		s.http.stop(ctx)
+		// A slow upload must not take the time in which close codes are read.
+		httpCtx, cancel := context.WithTimeout(ctx, lingerMS*time.Millisecond)
+		s.http.stop(httpCtx)
+		cancel()
 	}
 	s.awaitLingering(ctx)
 	s.cancel()
