@@ -18,6 +18,7 @@ const (
 // drain is what a shard does while the gateway stops.
 type drain struct {
 	on        bool
+	refuse    bool              // client messages, so that what is in flight only gets less
 	announce  []codec.SessionID // not told yet
 	perTick   int
 	closeCode codec.CloseCode // 0: not closing yet
@@ -73,8 +74,14 @@ func (set *Set) Drain(ctx context.Context, window time.Duration, reason string) 
 	return set.await(ctx, func(s *shard) bool { return len(s.drain.announce) == 0 })
 }
 
-// AwaitInFlight returns when no record is in flight, or ctx ends.
+// AwaitInFlight refuses client messages from now on, with OVERLOADED, and returns when no record is in
+// flight, or ctx ends.
 func (set *Set) AwaitInFlight(ctx context.Context) error {
+	for i := range set.shards {
+		if err := set.do(ctx, i, func(s *shard) { s.drain.refuse = true }); err != nil {
+			return err
+		}
+	}
 	return set.await(ctx, func(s *shard) bool { return s.flight.n == 0 })
 }
 

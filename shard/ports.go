@@ -57,6 +57,6 @@ type PresenceResult struct {
 	Version     int64
 	PrevGateway string // Claim: who held the entry before; empty: nobody
 	PrevSession string
-	Superseded  bool // Refresh: a newer session holds the entry
+	Superseded  bool // a newer session holds the entry
 	Err         error
 }

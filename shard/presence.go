@@ -84,6 +84,11 @@ func (s *shard) onClaim(ses *session, r *PresenceResult) {
 		// is left behind.
 		return
 	}
+	if r.Superseded {
+		ses.superseded = true
+		s.close(ses, codec.CloseReplaced, "replaced by a newer session")
+		return
+	}
 	ses.version = r.Version
 	if ses.state == claiming {
 		s.goLive(ses, false)

@@ -106,6 +106,10 @@ func (s *shard) round(ctx context.Context, tick <-chan time.Time) {
 	if len(s.up.Records) > 0 {
 		upstream = s.upstream
 	}
+	deliveries := s.deliveries
+	if s.egressWaits() {
+		deliveries = nil
+	}
 	if !s.lagging {
 		select {
 		case b := <-s.ingress:
@@ -117,9 +121,10 @@ func (s *shard) round(ctx context.Context, tick <-chan time.Time) {
 		case b := <-s.results:
 			s.clock()
 			s.onResults(b)
-		case b := <-s.deliveries:
+		case b := <-deliveries:
 			s.clock()
 			s.onDeliveries(b)
+			deliveries = nil
 		case r := <-s.presence:
 			s.clock()
 			s.onPresence(r)
@@ -142,14 +147,27 @@ func (s *shard) round(ctx context.Context, tick <-chan time.Time) {
 		s.catchUp()
 	}
 	for range rounds {
-		if !s.more(tick) {
+		if !s.more(tick, &deliveries) {
 			return
 		}
 	}
 }
 
+// egressWaits tells whether commands wait for a loop that is busy with the batch before. Deliveries
+// wait in their queue, and so in Kafka, until it is done: a backlog must not pass for a slow client.
+func (s *shard) egressWaits() bool {
+	for i := range s.out {
+		if o := &s.out[i]; o.sent != nil && o.fill != nil && len(o.fill.Commands) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
 // more takes one piece of work if there is any.
-func (s *shard) more(tick <-chan time.Time) bool {
+//
+// Of the deliveries it takes one batch a round.
+func (s *shard) more(tick <-chan time.Time, deliveries *chan *codec.DeliveryBatch) bool {
 	select {
 	case b := <-s.ingress:
 		s.onIngress(b)
@@ -157,8 +175,9 @@ func (s *shard) more(tick <-chan time.Time) bool {
 		s.onReturn(b)
 	case b := <-s.results:
 		s.onResults(b)
-	case b := <-s.deliveries:
+	case b := <-*deliveries:
 		s.onDeliveries(b)
+		*deliveries = nil
 	case r := <-s.presence:
 		s.onPresence(r)
 	case f := <-s.control:

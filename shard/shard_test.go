@@ -536,3 +536,52 @@ func BenchmarkRoute(b *testing.B) {
 		route(w, s, batch, id)
 	}
 }
+
+// TestNothingIsAcceptedWhileAcksAreSettled: during a stop what is in flight only gets less.
+func TestNothingIsAcceptedWhileAcksAreSettled(t *testing.T) {
+	w := newWorld(t, nil)
+	w.run()
+	id := sessionID(0, 1)
+	w.connected(id, "alice")
+	w.offer(w.message(id, "alice", "a"))
+	b := w.batch()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	settled := make(chan error, 1)
+	go func() { settled <- w.set.AwaitInFlight(ctx) }()
+	for i := 0; ; i++ { // until the refusal has taken hold
+		w.offer(w.message(id, "alice", fmt.Sprint("b", i)))
+		w.until(func() bool { return len(w.sent[id]) == i+2 || len(w.queue) > 0 })
+		select {
+		case more := <-w.queue:
+			w.set.Results(more)
+			w.until(func() bool { return len(w.sent[id]) == i+2 })
+			continue
+		default:
+		}
+		break
+	}
+	w.set.Results(b)
+	if err := <-settled; err != nil {
+		t.Fatal(err)
+	}
+	got := w.frames(id)
+	if last := got[len(got)-1]; last != "message-ack success  a" {
+		t.Errorf("frames %q", got)
+	}
+}
+
+// TestLateClaimIsSuperseded: a claim that finds a session of a later connect closes its own.
+func TestLateClaimIsSuperseded(t *testing.T) {
+	w := newWorld(t, nil)
+	w.presence = func(op PresenceOp) *PresenceResult {
+		return &PresenceResult{Kind: op.Kind, Session: op.Session, Superseded: op.Kind == Claim, PrevGateway: "other"}
+	}
+	w.run()
+	id := sessionID(0, 1)
+	w.open(id, "alice")
+	w.until(func() bool { return w.closed[id] == codec.CloseReplaced && len(w.replaced) == 0 })
+	if n := w.operations(Release); n != 0 {
+		t.Errorf("%d releases of an entry that is another's", n)
+	}
+}

@@ -48,7 +48,7 @@ func (s *shard) onMessage(u *codec.Upstream) {
 	ses.in++
 	code, retry := codec.Overloaded, int32(0)
 	if int(ses.inFlight) < s.opts.MaxSessionInFlight {
-		code, retry = s.opts.Publisher.Admit(u.Size())
+		code, retry = s.admit(u)
 	}
 	if code != codec.OK {
 		s.refuse(ses, u, code, retry)
@@ -94,10 +94,18 @@ func refusalText(code codec.Code) string {
 	}
 }
 
+// admit asks the broker for room, unless the gateway is about to close its sessions.
+func (s *shard) admit(u *codec.Upstream) (code codec.Code, retryAfterMS int32) {
+	if s.drain.refuse {
+		return codec.Overloaded, reconnectDelay
+	}
+	return s.opts.Publisher.Admit(u.Size())
+}
+
 // onPublish accepts or refuses a message of the HTTP API.
 func (s *shard) onPublish(u *codec.Upstream) {
 	s.current = 0
-	if code, retry := s.opts.Publisher.Admit(u.Size()); code != codec.OK {
+	if code, retry := s.admit(u); code != codec.OK {
 		s.metrics.refuse(code)
 		u.Reply <- codec.UpstreamResult{Code: code, RetryAfterMS: retry}
 		u.Release()
