@@ -1,0 +1,214 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http/httptest"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/chromedp/chromedp"
+
+	"im-gateway/cmd/im-dev/page"
+)
+
+// wire is a TCP proxy whose connections can be cut.
+type wire struct {
+	ln net.Listener
+	to string
+
+	mu    sync.Mutex
+	cut   bool
+	conns map[net.Conn]bool
+}
+
+func newWire(t *testing.T, to string) *wire {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &wire{ln: ln, to: to, conns: map[net.Conn]bool{}}
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go w.carry(c)
+		}
+	}()
+	t.Cleanup(func() {
+		_ = ln.Close()
+		w.set(true)
+	})
+	return w
+}
+
+func (w *wire) carry(a net.Conn) {
+	defer func() { _ = a.Close() }()
+	b, err := net.Dial("tcp", w.to)
+	if err != nil {
+		return
+	}
+	defer func() { _ = b.Close() }()
+	w.mu.Lock()
+	if w.cut {
+		w.mu.Unlock()
+		return
+	}
+	w.conns[a], w.conns[b] = true, true
+	w.mu.Unlock()
+	done := make(chan struct{}, 2)
+	pump := func(to, from net.Conn) {
+		_, _ = io.Copy(to, from) // ends when either side does
+		done <- struct{}{}
+	}
+	go pump(a, b)
+	go pump(b, a)
+	<-done
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.conns, a)
+	delete(w.conns, b)
+}
+
+// set cuts every connection and refuses new ones, or carries again.
+func (w *wire) set(cut bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.cut = cut
+	if cut {
+		for c := range w.conns {
+			_ = c.Close()
+		}
+	}
+}
+
+// tab is one tab of the demo page.
+type tab struct {
+	t   *testing.T
+	ctx context.Context
+}
+
+func newTab(t *testing.T, browser context.Context, url string) *tab {
+	t.Helper()
+	ctx, cancel := chromedp.NewContext(browser)
+	t.Cleanup(cancel)
+	if err := chromedp.Do(ctx, chromedp.Navigate(url)); err != nil {
+		t.Fatal(err)
+	}
+	return &tab{t, ctx}
+}
+
+// is polls a JavaScript condition.
+func (p *tab) is(what, condition string) {
+	p.t.Helper()
+	deadline := time.After(patience)
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		ok, err := chromedp.Run(p.ctx, chromedp.Evaluate[bool]("Boolean("+condition+")"))
+		if err == nil && ok {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-deadline:
+			text, _ := chromedp.Run(p.ctx, chromedp.Evaluate[string]("document.body.innerText"))
+			p.t.Fatalf("it did not come true: %s (%v); the page says:\n%s", what, err, text)
+		}
+	}
+}
+
+func (p *tab) do(script string) {
+	p.t.Helper()
+	if _, err := chromedp.Run(p.ctx, chromedp.Evaluate[bool]("("+script+", true)")); err != nil {
+		p.t.Fatalf("%s: %v", script, err)
+	}
+}
+
+func (p *tab) fill(id, text string) {
+	p.t.Helper()
+	p.do(fmt.Sprintf(`(e => { e.value = %q; e.dispatchEvent(new Event("input", {bubbles: true})); })(document.getElementById(%q))`, text, id))
+}
+
+func (p *tab) click(id string) {
+	p.t.Helper()
+	p.do(fmt.Sprintf(`document.getElementById(%q).click()`, id))
+}
+
+// state polls for a message's state: pending, acked, delivered or received.
+func (p *tab) state(text, state string) {
+	p.t.Helper()
+	p.is(text+" is "+state, fmt.Sprintf(
+		`[...document.querySelectorAll('[data-testid=message]')].some(m => m.innerText.includes(%q) && m.dataset.state === %q)`, text, state))
+}
+
+func (p *tab) register(name string) {
+	p.t.Helper()
+	p.is("the sign-in form", `document.getElementById("username")`)
+	p.fill("username", name)
+	p.fill("password", hide("page-password-"+name))
+	p.click("register")
+	p.is(name+" is online", `document.getElementById("connection").dataset.state === "online"`)
+}
+
+func (p *tab) say(text string) {
+	p.t.Helper()
+	p.fill("message-input", text)
+	p.click("send")
+}
+
+// TestPageInChromium: two people chat in two tabs; one loses its connection, sends meanwhile, and
+// comes back with what it missed.
+func TestPageInChromium(t *testing.T) {
+	site := httptest.NewUnstartedServer(nil)
+	origin := "http://" + site.Listener.Addr().String()
+	g := start(t, user("gw"), settings{"http.cors_origins": origin})
+	link := newWire(t, g.addr)
+	handler, err := page.New(page.Options{Gateways: []string{"http://" + link.ln.Addr().String()}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	site.Config.Handler = handler
+	site.Start()
+	t.Cleanup(site.Close)
+	opts := append([]chromedp.ExecAllocatorOption{}, chromedp.DefaultExecAllocatorOptions[:]...)
+	opts = append(opts, chromedp.NoSandbox, chromedp.Flag("disable-quic", true),
+		chromedp.Flag("disable-background-networking", true), chromedp.Flag("disable-component-update", true),
+		chromedp.Flag("disable-sync", true), chromedp.UserDataDir(t.TempDir()))
+	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+	t.Cleanup(cancel)
+	browser, stop := chromedp.NewExecAllocator(ctx, opts...)
+	t.Cleanup(stop)
+	browser, stop = chromedp.NewContext(browser)
+	t.Cleanup(stop)
+	if err := chromedp.Do(browser, chromedp.Navigate("about:blank")); err != nil {
+		t.Fatalf("start Chromium (apt-get install chromium): %v", err)
+	}
+	alice, bob := newTab(t, browser, origin+"/"), newTab(t, browser, origin+"/")
+	a, b := user("anna"), user("bert")
+	alice.register(a)
+	bob.register(b)
+	alice.fill("new-chat-user", b)
+	alice.click("new-chat")
+	alice.say("hello bert")
+	alice.state("hello bert", "delivered")
+	bob.is("the conversation", `document.querySelector('[data-testid=conversation]')`)
+	bob.do(`document.querySelector('[data-testid=conversation]').click()`)
+	bob.state("hello bert", "received")
+
+	link.set(true) // both tabs are cut off
+	alice.is("alice notices", `document.getElementById("connection").dataset.state !== "online"`)
+	alice.say("sent while cut off")
+	alice.state("sent while cut off", "pending")
+	link.set(false)
+	alice.is("alice is back", `document.getElementById("connection").dataset.state === "online"`)
+	bob.is("bob is back", `document.getElementById("connection").dataset.state === "online"`)
+	alice.state("sent while cut off", "delivered")
+	bob.state("sent while cut off", "received")
+	bob.is("once", `[...document.querySelectorAll('[data-testid=message]')].filter(m => m.innerText.includes("sent while cut off")).length === 1`)
+}
