@@ -27,13 +27,15 @@ test-e2e:
 	$(GO) test -count=1 -timeout $(TIMEOUT) ./test/... -backend=embedded
 
 test-real:
-	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./registry/... ./test/e2e -backend=real
+	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./registry/...
+	$(GO) run ./test/servers/cmd/withkafka $(GO) test -count=1 -timeout $(TIMEOUT) -tags realkafka,kafkaoutage ./broker
+	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./test/e2e -backend=real
 
 lint: ## gofmt, go vet, staticcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "gofmt would change:"; echo "$$unformatted"; exit 1; fi
 	$(GO) vet ./...
-	$(GO) vet -tags real ./...
+	$(GO) vet -tags real,realkafka,kafkaoutage ./...
 	$(GO) tool staticcheck ./...
 
 generate: ## generate the protobuf code anew (needs protobuf-compiler)
