@@ -39,6 +39,17 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
+// receive returns what comes from c, and fails the test when nothing does in time.
+func receive[T any](t *testing.T, c <-chan T) (v T) {
+	t.Helper()
+	select {
+	case v = <-c:
+	case <-time.After(patience):
+		t.Fatal("nothing came in time")
+	}
+	return v
+}
+
 // within returns a context that ends with the test or after a while.
 func within(t *testing.T) context.Context {
 	t.Helper()

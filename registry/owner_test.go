@@ -103,7 +103,7 @@ func TestAcquireWaitsForTheOther(t *testing.T) {
 					}
 				})
 			})
-			if err := <-reasons; !errors.Is(err, ErrOwned) {
+			if err := receive(t, reasons); !errors.Is(err, ErrOwned) {
 				t.Fatalf("reason %v", err)
 			}
 			// Beyond the lease it still waits, for the other keeps it alive.
@@ -123,13 +123,8 @@ func TestAcquireWaitsForTheOther(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			select {
-			case err := <-done:
-				if err != nil {
-					t.Fatal(err)
-				}
-			case <-time.After(patience):
-				t.Fatal("not acquired in time")
+			if err := receive(t, done); err != nil {
+				t.Fatal(err)
 			}
 			if err := first.Check(within(t)); !errors.Is(err, ErrNotOwner) {
 				t.Errorf("the first: %v", err)
@@ -174,7 +169,7 @@ func TestAcquireByMany(t *testing.T) {
 			}
 		})
 	}
-	winner := <-won
+	winner := receive(t, won)
 	select {
 	case other := <-won:
 		t.Fatalf("%s beside %s", other, winner)
@@ -250,7 +245,7 @@ func TestOwnerComesBack(t *testing.T) {
 				t.Error(err)
 			}
 			stop()
-			if err := <-ended; err != nil {
+			if err := receive(t, ended); err != nil {
 				t.Error(err)
 			}
 			if err := w.Release(within(t)); err != nil {
@@ -307,13 +302,8 @@ func TestOwnerIsFenced(t *testing.T) {
 				t.Fatal("the case is not what it says")
 			}
 			ended, _ := runOwner(t, first)
-			select {
-			case err := <-ended:
-				if !errors.Is(err, ErrNotOwner) {
-					t.Errorf("Run: %v", err)
-				}
-			case <-time.After(patience):
-				t.Fatal("Run has not ended in time")
+			if err := receive(t, ended); !errors.Is(err, ErrNotOwner) {
+				t.Errorf("Run: %v", err)
 			}
 			if err := first.Check(within(t)); !errors.Is(err, ErrNotOwner) {
 				t.Errorf("Check: %v", err)
