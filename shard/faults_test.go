@@ -3,10 +3,13 @@ package shard
 import (
 	"context"
 	"errors"
+	"io"
 	"reflect"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/rs/zerolog"
 
 	"im-gateway/codec"
 )
@@ -237,4 +240,20 @@ func TestControlGivenUp(t *testing.T) {
 		_, _ = w.set.Sessions(ctx, "alice")
 		_, _ = w.set.Kick(ctx, "alice", sessionID(9, 9).Name(7), false, "")
 	}
+}
+
+// TestPanicInAClose: a close is reported once, so its slot is given up even where handling it panics.
+func TestPanicInAClose(t *testing.T) {
+	w := newWorld(t, func(o *Options) {
+		o.Logger = zerolog.New(io.Discard).Hook(zerolog.HookFunc(func(_ *zerolog.Event, _ zerolog.Level, message string) {
+			if message == "disconnected" {
+				panic("injected")
+			}
+		}))
+	})
+	w.run()
+	w.connected(sessionID(0, 1), "alice")
+	w.offer(codec.Event{Kind: codec.EventClose, Session: sessionID(0, 1), Code: codec.CloseAbnormal, Reason: "lost"})
+	w.until(func() bool { st := w.set.Stats(); return st.Sessions == 0 && st.Users == 0 })
+	w.connected(sessionID(0, 2), "alice")
 }
