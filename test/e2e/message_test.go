@@ -118,6 +118,9 @@ func TestTypedRecordReachesThatUserAndNoOther(t *testing.T) {
 			t.Errorf("%s got %+v %s, %v", c.name, f, f.Data, err)
 		}
 	}
+	eventually(t, "every delivery has ended", func() bool {
+		return g.metric("im_gateway_shard_deliveries_open") == "0" && g.metric(`im_gateway_shard_ends_total{end="delivered"}`) == "3"
+	})
 }
 
 func TestUndeliveredAndDeadLetters(t *testing.T) {
