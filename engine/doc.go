@@ -1,6 +1,7 @@
-// Package engine is the gateway as a whole: it reads the configuration, makes the parts, joins them,
-// starts them in order, says when they are ready, drains and stops them. It alone knows all parts.
+// Package engine is one gateway. It reads and checks the configuration, brings the parts up in order,
+// joins them by adapters, says when it is ready, and drains and stops them in order. It also serves
+// what is no hot path: the HTTP API (auth calls go to im-logic, messages to the shards), the gRPC
+// service, calls to other gateways, and the operators' port.
 //
-// Beside that it holds what belongs to no part: the HTTP API and the client of im-logic behind it,
-// the gRPC server, the calls to other gateways, the operators' port and the log.
+// Nothing else imports more than one of transport, shard, broker and registry; deps_test.go holds that.
 package engine

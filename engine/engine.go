@@ -47,6 +47,7 @@ type Engine struct {
 	// The parts, in the order of their start.
 	etcd         *clientv3.Client
 	owner        *registry.Owner
+	gateways     *registry.Gateways
 	redis        rueidis.Client
 	shards       *shard.Set
 	presence     *presenceBridge

@@ -76,6 +76,11 @@ func (e *Engine) startEtcd(ctx context.Context) error {
 		Client: e.etcd, GatewayID: e.cfg.GatewayID, Random: e.random,
 		Instance: fmt.Sprintf("%s/%016x", e.adminAddr, e.nonce), LeaseTTL: e.cfg.Etcd.LeaseTTL, Logger: e.log,
 	})
+	if err := e.metrics.Register(e.owner.LeaseLosses()); err != nil {
+		return fmt.Errorf("register the owner's metrics: %w", err)
+	}
+	e.gateways = registry.NewGateways(e.etcd, e.log)
+	e.goTask("gateways", func(ctx context.Context) error { e.gateways.Run(ctx); return nil })
 	err = e.owner.Acquire(ctx, func(reason error) {
 		e.ready.Waiting(needEtcd, reason.Error())
 		e.log.Warn().Err(reason).Msg("waiting for the ownership of the downstream topic")
@@ -191,7 +196,7 @@ func (e *Engine) startShards(context.Context) error {
 		return fmt.Errorf("grpc.tls: %w", err)
 	}
 	e.peers, err = NewPeers(PeersOptions{
-		Lookup: func(ctx context.Context, id string) (string, error) { return registry.GatewayAddr(ctx, e.etcd, id) },
+		Lookup: e.gateways.Addr,
 		Token:  e.cfg.GRPC.Token, TLS: peerTLS, Logger: e.log, Registerer: e.metrics,
 	})
 	if err != nil {

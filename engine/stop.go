@@ -40,7 +40,7 @@ func (e *Engine) stop(failure error) {
 			e.log.Warn().Err(err).Msg("public port not stopped in order")
 		}
 	}
-	for _, name := range []string{"grpc", "public port", "start grace", "kafka consumer", "kafka producer", "peers", "presence", "shards", "owner"} {
+	for _, name := range []string{"grpc", "public port", "start grace", "kafka consumer", "kafka producer", "peers", "presence", "shards", "gateways", "owner"} {
 		e.task(name).end(ctx)
 	}
 	e.release(ctx)
