@@ -12,7 +12,8 @@ build: ## build bin/im-gateway, bin/im-dev and bin/im-bench
 	$(GO) build -trimpath -o bin/ ./cmd/im-gateway ./cmd/im-dev ./cmd/im-bench
 
 run: ## the whole system in one process, with a demo page
-	$(GO) run ./cmd/im-dev
+	@$(GO) build -trimpath -o bin/ ./cmd/im-dev
+	@exec bin/im-dev
 
 test: lint test-unit test-e2e test-real ## everything: lint, unit tests with -race, end to end on embedded and on real servers
 
