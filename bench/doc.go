@@ -1,6 +1,9 @@
-// Package bench is the load harness: scenarios that drive a gateway as its clients do, measure it
-// and check what it promises. Load is open-loop: every message has a scheduled send time and its
-// latency counts from that time, so a stall of the server counts against the server.
+// Package bench drives a gateway as its clients and its im-logic do, measures it and checks its
+// promises while it does so.
 //
-// It knows the gateway by its public surface only: WebSocket, HTTP and the envelopes.
+// One process has one event loop (see fleet) and everything of a run belongs to that loop, so
+// there is no lock; more load than one core can make comes from several processes whose reports
+// are merged. Load is open-loop unless a window is asked for: a message is due at its scheduled
+// time whatever came before it, and its latency counts from then, so that a stall of the server
+// counts against the server.
 package bench

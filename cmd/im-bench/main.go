@@ -3,13 +3,12 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
-	"strings"
+	"slices"
 	"syscall"
 	"time"
 
@@ -67,11 +66,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	switch args[0] {
 	case "echo":
 		return echo(ctx, args[1:], stdout, stderr)
-	case "upstream":
-		return upstream(ctx, args[1:], stdout, stderr)
 	case "-h", "--help", "help":
 		fmt.Fprint(stdout, usage)
 		return nil
+	}
+	if slices.Contains(bench.Scenarios(), args[0]) {
+		return load(ctx, args[0], args[1:], stdout, stderr)
 	}
 	fmt.Fprint(stderr, usage)
 	return usageError{fmt.Errorf("unknown scenario %q", args[0])}
@@ -128,46 +128,4 @@ func echo(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	stopCtx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	return srv.Shutdown(stopCtx)
-}
-
-func upstream(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	fs := pflag.NewFlagSet("im-bench upstream", pflag.ContinueOnError)
-	var o bench.UpstreamOptions
-	fs.StringVar(&o.URL, "url", "ws://127.0.0.1:8080/ws", "the gateway's WebSocket address")
-	secretFile := fs.String("secret-file", "", "file with the HS256 secret that signs the users' tokens (or IM_AUTH_HS256_SECRET)")
-	fs.IntVar(&o.Users, "users", 100, "users connected at once, up to 15000")
-	fs.Float64Var(&o.Rate, "rate", 1000, "messages per second, all users together")
-	fs.DurationVar(&o.Warmup, "warmup", 2*time.Second, "load before the measured time")
-	fs.DurationVar(&o.Duration, "duration", 10*time.Second, "measured time")
-	fs.IntVar(&o.Size, "size", 128, "bytes of content per message")
-	asJSON := fs.Bool("json", false, "print the report as JSON")
-	if err := parse(fs, args, stderr); err != nil {
-		return err
-	}
-	secret := os.Getenv("IM_AUTH_HS256_SECRET")
-	if *secretFile != "" {
-		b, err := os.ReadFile(*secretFile)
-		if err != nil {
-			return usageError{fmt.Errorf("read the secret: %w", err)}
-		}
-		secret = strings.TrimSpace(string(b))
-	}
-	if secret == "" {
-		return usageError{errors.New("no secret: give -secret-file or IM_AUTH_HS256_SECRET, the same as the gateway's auth.hs256_secret")}
-	}
-	o.Secret = []byte(secret)
-	rep, err := bench.Upstream(ctx, o)
-	if rep == nil {
-		return err
-	}
-	if *asJSON {
-		enc := json.NewEncoder(stdout)
-		enc.SetIndent("", "  ")
-		if encErr := enc.Encode(rep); encErr != nil {
-			return fmt.Errorf("write the report: %w", encErr)
-		}
-		return err
-	}
-	fmt.Fprint(stdout, rep.Text())
-	return err
 }
