@@ -48,7 +48,7 @@ func loadConfig(args []string) (config, error) {
 	fs.Duration("batch-timeout", 5*time.Millisecond, "how long a batch waits to be filled")
 	fs.Int("batch-size", 100, "records in a batch")
 	fs.Int("fetch-min-bytes", 1, "least bytes in a fetch, unless the wait is over")
-	fs.Duration("fetch-max-wait", 10*time.Millisecond, "how long the broker holds back a fetch")
+	fs.Duration("fetch-max-wait", 10*time.Second, "how long the broker holds back a fetch that has less; also kafka-go's read deadline, so keep it well above a second")
 	fs.Int("inflight", 100_000, "messages waiting for Kafka before further ones are refused")
 	fs.Int("send-queue", 256, "frames waiting for one connection before further ones are dropped")
 	if err := fs.Parse(args); err != nil {

@@ -1,5 +1,5 @@
 // Command seed is the gateway of the original plan, written with care: gin and gorilla/websocket
-// with a read and a write pump per connection, kafka-go, go-redis, viper and zap. It speaks the part
+// with a read and a write pump per connection, kafka-go, rueidis, viper and zap. It speaks the part
 // of the gateway's protocol that the load generator uses.
 package main
 
@@ -73,7 +73,7 @@ func serve(ctx context.Context, cfg config, log *zap.Logger) error {
 		return err
 	}
 	var err error
-	if s.presence, err = newPresence(startCtx, cfg.Redis, cfg.GatewayID, log); err != nil {
+	if s.presence, err = newPresence(cfg.Redis, cfg.GatewayID, log); err != nil {
 		return err
 	}
 	s.upstream = newUpstream(cfg, &s.stats, log)
@@ -116,7 +116,8 @@ func serve(ctx context.Context, cfg config, log *zap.Logger) error {
 			c.closeWith(websocket.CloseGoingAway, "stopping")
 		}
 	}
-	return errors.Join(err, s.upstream.w.Close(), down.r.Close(), s.presence.rdb.Close())
+	s.presence.rdb.Close()
+	return errors.Join(err, s.upstream.w.Close(), down.r.Close())
 }
 
 func (s *server) routes() http.Handler {

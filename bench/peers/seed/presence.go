@@ -3,9 +3,10 @@ package main
 import (
 	"context"
 	"fmt"
+	"strconv"
 	"time"
 
-	"github.com/redis/go-redis/v9"
+	"github.com/redis/rueidis"
 	"go.uber.org/zap"
 )
 
@@ -14,11 +15,11 @@ const (
 	refreshPeriod  = 30 * time.Second
 	presenceKey    = "user_session:"
 	presenceChunk  = 500
-	presenceExpiry = int(presenceTTL / time.Second)
+	presenceExpiry = "90" // s
 )
 
 // claimScript writes the session under a newer version than the stored one.
-var claimScript = redis.NewScript(`
+var claimScript = rueidis.NewLuaScript(`
 local v = tonumber(redis.call('HGET', KEYS[1], 'version') or '0') + 1
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
@@ -28,32 +29,33 @@ redis.call('EXPIRE', KEYS[1], ARGV[4])
 return 1`)
 
 // dropScript deletes the entry when it is the session's.
-var dropScript = redis.NewScript(`
+var dropScript = rueidis.NewLuaScript(`
 if redis.call('HGET', KEYS[1], 'session_id') == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0`)
 
+// presence shares few Redis connections: rueidis pipelines what concurrent callers send.
 type presence struct {
-	rdb     *redis.Client
+	rdb     rueidis.Client
 	gateway string
 	log     *zap.Logger
 }
 
-func newPresence(ctx context.Context, addr, gateway string, log *zap.Logger) (*presence, error) {
-	p := &presence{rdb: redis.NewClient(&redis.Options{Addr: addr, PoolSize: 32}), gateway: gateway, log: log}
-	for _, s := range []*redis.Script{claimScript, dropScript} {
-		if err := s.Load(ctx, p.rdb).Err(); err != nil {
-			return nil, fmt.Errorf("load a script into Redis: %w", err)
-		}
+func newPresence(addr, gateway string, log *zap.Logger) (*presence, error) {
+	rdb, err := rueidis.NewClient(rueidis.ClientOption{InitAddress: []string{addr}, DisableCache: true, AlwaysPipelining: true, PipelineMultiplex: 1})
+	if err != nil {
+		return nil, fmt.Errorf("connect to Redis: %w", err)
 	}
-	return p, nil
+	return &presence{rdb: rdb, gateway: gateway, log: log}, nil
 }
 
 func (p *presence) claim(ctx context.Context, c *client) error {
-	return claimScript.Run(ctx, p.rdb, []string{presenceKey + c.user}, p.gateway, c.session, c.connected.UnixMilli(), presenceExpiry).Err()
+	return claimScript.Exec(ctx, p.rdb, []string{presenceKey + c.user}, []string{
+		p.gateway, c.session, strconv.FormatInt(c.connected.UnixMilli(), 10), presenceExpiry,
+	}).Error()
 }
 
 func (p *presence) drop(ctx context.Context, c *client) {
-	if err := dropScript.Run(ctx, p.rdb, []string{presenceKey + c.user}, c.session).Err(); err != nil {
+	if err := dropScript.Exec(ctx, p.rdb, []string{presenceKey + c.user}, []string{c.session}).Error(); err != nil {
 		p.log.Warn("presence not removed", zap.Error(err)) // it expires by itself
 	}
 }
@@ -82,19 +84,17 @@ func (p *presence) refresh(ctx context.Context, h *hub) {
 
 // refreshChunk prolongs the entries in one round trip and claims those again that are gone.
 func (p *presence) refreshChunk(ctx context.Context, chunk []*client) error {
-	pipe := p.rdb.Pipeline()
-	for _, c := range chunk {
-		pipe.Expire(ctx, presenceKey+c.user, presenceTTL)
+	cmds := make(rueidis.Commands, len(chunk))
+	for i, c := range chunk {
+		cmds[i] = p.rdb.B().Expire().Key(presenceKey + c.user).Seconds(int64(presenceTTL / time.Second)).Build()
 	}
-	cmds, err := pipe.Exec(ctx)
-	if err != nil {
-		return err
-	}
-	for i, cmd := range cmds {
-		if there, ok := cmd.(*redis.BoolCmd); ok && !there.Val() {
-			if err := p.claim(ctx, chunk[i]); err != nil {
-				return err
-			}
+	for i, res := range p.rdb.DoMulti(ctx, cmds...) {
+		there, err := res.AsBool()
+		if err == nil && !there {
+			err = p.claim(ctx, chunk[i])
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil
