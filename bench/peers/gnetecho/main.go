@@ -10,12 +10,13 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log"
 	"net"
+	"os"
 	"time"
 
 	"github.com/gobwas/ws"
 	"github.com/panjf2000/gnet/v2"
-	"github.com/panjf2000/gnet/v2/pkg/logging"
 
 	"im-gateway/bench/peers/internal/peer"
 )
@@ -172,6 +173,14 @@ func putHeader(b []byte, h ws.Header) int {
 	}
 }
 
+// logger keeps gnet off stdout, and silent but for errors.
+type logger struct{ *log.Logger }
+
+func (logger) Debugf(string, ...any)            {}
+func (logger) Infof(string, ...any)             {}
+func (logger) Warnf(string, ...any)             {}
+func (l logger) Errorf(format string, a ...any) { l.Printf(format, a...) }
+
 func main() { peer.Main(run) }
 
 func run(ctx context.Context) error {
@@ -186,7 +195,7 @@ func run(ctx context.Context) error {
 	done := make(chan error, 1)
 	go func() {
 		done <- gnet.Run(s, "tcp://"+bound, gnet.WithMulticore(*loops == 0), gnet.WithNumEventLoop(*loops),
-			gnet.WithReusePort(true), gnet.WithTCPNoDelay(gnet.TCPNoDelay), gnet.WithLogLevel(logging.ErrorLevel))
+			gnet.WithReusePort(true), gnet.WithTCPNoDelay(gnet.TCPNoDelay), gnet.WithLogger(logger{log.New(os.Stderr, "gnetecho: ", 0)}))
 	}()
 	select {
 	case err := <-done:
