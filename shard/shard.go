@@ -43,7 +43,8 @@ type shard struct {
 	lag      atomic.Int64 // ticks that the wheel is behind
 
 	// Owned by run.
-	now         int64 // Unix ms, once per round
+	now         int64     // Unix ms, once per round
+	began       time.Time // of the round; zero: it has done nothing yet
 	current     codec.SessionID
 	tables      []table
 	users       map[string]ref
@@ -97,6 +98,10 @@ func (s *shard) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		s.guard(func() { s.round(ctx, ticker.C) })
 		s.flush()
+		if !s.began.IsZero() {
+			s.metrics.roundTime.Observe(s.opts.Now().Sub(s.began).Seconds())
+			s.began = time.Time{}
+		}
 	}
 }
 
@@ -197,7 +202,10 @@ func (s *shard) onControl(f func(*shard)) {
 	f(s)
 }
 
-func (s *shard) clock() { s.now = s.opts.Now().UnixMilli() }
+func (s *shard) clock() {
+	s.began = s.opts.Now()
+	s.now = s.began.UnixMilli()
+}
 
 // flush hands on everything that has gathered. Each part is guarded by itself: a port that panics
 // does not keep the others waiting.
@@ -402,8 +410,10 @@ func (s *shard) onTick() {
 
 // catchUp does a bounded share of what is due; while more is, it is called again every round.
 func (s *shard) catchUp() {
+	began := s.opts.Now()
 	turned := s.turn(s.target)
 	expired := s.expireFlight()
 	s.lagging = !turned || !expired
 	s.lag.Store(int64(int32(s.target - s.wheel.now)))
+	s.metrics.tickTime.Observe(s.opts.Now().Sub(began).Seconds())
 }
