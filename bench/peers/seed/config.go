@@ -45,7 +45,7 @@ func loadConfig(args []string) (config, error) {
 	fs.String("downstream-prefix", "im-downstream-topic-", "the downstream topic's name without the gateway's id")
 	fs.Int("upstream-partitions", 16, "partitions of the upstream topic when it is missing")
 	fs.Int("downstream-partitions", 4, "partitions of the downstream topic when it is missing")
-	fs.Duration("batch-timeout", 5*time.Millisecond, "how long a batch waits to be filled")
+	fs.Duration("batch-timeout", 10*time.Millisecond, "how long a batch waits to be filled")
 	fs.Int("batch-size", 100, "records in a batch")
 	fs.Int("fetch-min-bytes", 1, "least bytes in a fetch, unless the wait is over")
 	fs.Duration("fetch-max-wait", 10*time.Second, "how long the broker holds back a fetch that has less; also kafka-go's read deadline, so keep it well above a second")
