@@ -24,28 +24,30 @@ const (
 
 func refOf(id codec.SessionID) ref { return ref(id.Loop())<<24 | ref(id.Index()) }
 
-// session is one connected session. It is kept small: there may be a million of them.
+// session is one connected session. It is kept small: there may be a million of them. What a message
+// needs stands in the first 32 bytes, and so, at 96 bytes a session, in one cache line.
 type session struct {
-	user        string
-	id          codec.SessionID
-	version     int64 // of the presence entry; 0: not claimed yet
-	expiresAt   int64 // of the token, Unix ms
-	connectedAt int64 // Unix ms
-	next        ref   // the user's next session
+	id         codec.SessionID
+	pending    int32           // bytes of frames that the kernel has not taken yet
+	in, out    uint32          // client messages, frames
+	inFlight   uint16          // upstream messages without a result
+	closeCode  codec.CloseCode // commanded, while closing
+	state      state
+	presence   bool   // an operation of the session's own is under way
+	superseded bool   // the presence entry belongs to a newer session: not to be released
+	backlogged bool   // it has an entry in backlogs
+	online     bool   // user.online was sent
+	slot       uint16 // wheel slot + 1; 0: in none
+
 	wheelPrev   ref
 	wheelNext   ref
+	next        ref    // the user's next session
 	pinged      uint32 // tick of the last ping
 	refreshed   uint32 // tick of the last presence refresh
-	in, out     uint32 // client messages, frames
-	pending     int32  // bytes of frames that the kernel has not taken yet
-	inFlight    uint16 // upstream messages without a result
-	slot        uint16 // wheel slot + 1; 0: in none
-	state       state
-	closeCode   codec.CloseCode // commanded, while closing
-	presence    bool            // an operation of the session's own is under way
-	superseded  bool            // the presence entry belongs to a newer session: not to be released
-	backlogged  bool            // it has an entry in backlogs
-	online      bool            // user.online was sent
+	expiresAt   int64  // of the token, Unix ms
+	version     int64  // of the presence entry; 0: not claimed yet
+	connectedAt int64  // Unix ms
+	user        string
 }
 
 // table is the sessions of one loop, found by slot, in pages that never move.
@@ -82,6 +84,16 @@ func (s *shard) lookup(id codec.SessionID) *session {
 		return nil
 	}
 	return ses
+}
+
+// touch reads the sessions of a batch before the batch is handled. The reads do not depend on each
+// other, so that the processor waits for many of them at once, not for one after the other.
+func (s *shard) touch(n int, id func(i int) codec.SessionID) {
+	for i := range n {
+		if s.lookup(id(i)) != nil {
+			s.touched++
+		}
+	}
 }
 
 func (s *shard) byRef(r ref) *session { return s.tables[r>>24].at(uint32(r) & indexMask) }

@@ -60,6 +60,7 @@ type shard struct {
 	notes       []userNote
 	ops         []PresenceOp // not submitted yet
 	outstanding int          // submitted, without a result
+	touched     int          // see touch
 	drain       drain
 }
 
@@ -240,6 +241,7 @@ func (s *shard) onIngress(b *codec.IngressBatch) {
 	// A loop returns a batch before it reports what happened to the connection later: outcomes
 	// must be known first.
 	s.drainReturns()
+	s.touch(len(b.Events), func(i int) codec.SessionID { return b.Events[i].Session })
 	s.forEach(len(b.Events), func(i int) { s.onEvent(&b.Events[i]) }, func(i int) {
 		// The loop reports a close once: whatever went wrong, the slot is given up.
 		if e := &b.Events[i]; e.Kind == codec.EventClose {

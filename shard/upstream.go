@@ -116,6 +116,7 @@ func (s *shard) onPublish(u *codec.Upstream) {
 
 // onResults answers the clients.
 func (s *shard) onResults(b *codec.UpstreamBatch) {
+	s.touch(len(b.Records), func(i int) codec.SessionID { return b.Records[i].Session })
 	s.forEach(len(b.Records), func(i int) {
 		u := b.Records[i]
 		s.current = u.Session
