@@ -4,12 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kadm"
 	"github.com/twmb/franz-go/pkg/kgo"
-
-	"im-gateway/bench/report"
 )
 
 // kafka is the run's own view of Kafka, by a client that is not the gateway's, so that what acks
@@ -19,6 +18,9 @@ type kafka struct {
 	client *kgo.Client
 	admin  *kadm.Client
 	from   kadm.ListedOffsets // of the upstream topic when the stage began
+	ctx    context.Context    // ends with close
+	cancel context.CancelFunc
+	tasks  sync.WaitGroup
 }
 
 func dialKafka(ctx context.Context, o *Options) (*kafka, error) {
@@ -34,10 +36,16 @@ func dialKafka(ctx context.Context, o *Options) (*kafka, error) {
 		client.Close()
 		return nil, fmt.Errorf("reach Kafka at %v: %w", o.Kafka, err)
 	}
-	return &kafka{o: o, client: client, admin: kadm.NewClient(client)}, nil
+	k := &kafka{o: o, client: client, admin: kadm.NewClient(client)}
+	k.ctx, k.cancel = context.WithCancel(context.Background())
+	return k, nil
 }
 
-func (k *kafka) close() { k.client.Close() }
+func (k *kafka) close() {
+	k.cancel()
+	k.tasks.Wait()
+	k.client.Close()
+}
 
 // mark remembers where the upstream topic ends, so that verification begins there.
 func (k *kafka) mark(ctx context.Context) error {
@@ -50,6 +58,18 @@ func (k *kafka) mark(ctx context.Context) error {
 		return fmt.Errorf("find the end of topic %s: %w", k.o.UpstreamTopic, err)
 	}
 	return nil
+}
+
+// follow reads the upstream topic from where it ends now.
+func (k *kafka) follow() (*kgo.Client, error) {
+	parts := map[int32]kgo.Offset{}
+	k.from.Each(func(o kadm.ListedOffset) { parts[o.Partition] = kgo.NewOffset().At(o.Offset) })
+	c, err := kgo.NewClient(kgo.SeedBrokers(k.o.Kafka...), kgo.FetchMaxWait(100*time.Millisecond),
+		kgo.ConsumePartitions(map[string]map[int32]kgo.Offset{k.o.UpstreamTopic: parts}))
+	if err != nil {
+		return nil, fmt.Errorf("kafka client: %w", err)
+	}
+	return c, nil
 }
 
 // readUpstream hands every record stored since mark to f.
@@ -148,5 +168,3 @@ func (k *kafka) verifyUpstream(ctx context.Context, r *run) (counts, error) {
 	})
 	return counts{{Name: "read back from Kafka", N: stored}}, nil
 }
-
-var _ = report.Count{}

@@ -9,8 +9,10 @@ import (
 type entry struct {
 	due       int64 // scheduled time, Unix ns
 	offset    int64 // as acked, -1: none
+	passed    int64 // chat: in which place it was passed on, from 1
 	user      uint32
-	count     uint16 // arrivals: pushes received, or records read back
+	owed, got int32  // pushes
+	count     uint16 // records read back
 	partition int16  // as acked, -1: none
 	state     entryState
 	unknown   bool // OUTCOME_UNKNOWN came

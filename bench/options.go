@@ -35,6 +35,8 @@ type Options struct {
 	Size     Dist          `json:"size"`             // bytes of content of a message; 128
 	Group    Dist          `json:"group"`            // users of a group, in fanout and chat; 500
 
+	DrainPID int `json:"drain_pid,omitempty"` // of drain: the gateway process to end; 0: somebody else ends it
+
 	Steps int `json:"steps,omitempty"` // of idle: numbers of users at which memory is read; 5
 
 	Kafka            []string `json:"kafka,omitempty"`   // brokers; none: acks are not checked against Kafka

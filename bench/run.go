@@ -26,6 +26,7 @@ type Hooks struct {
 	Measured func(stage int)        // and ends
 	Progress func(p report.Point)   // every second of a stage
 	Connect  func(up int, want int) // every second while connecting
+	Rested   func(users int)        // idle: so many users are connected and at rest
 }
 
 // scenario is what a run does with its connected users. All methods but verify run on the loop.
@@ -35,6 +36,7 @@ type scenario interface {
 	frame(u *user, payload []byte, now int64)           // any frame behind `connected`
 	turn(u *user, now int64)                            // after the frames of one read
 	lost(u *user, code int, err error, now time.Time)   // a connection that was up has ended
+	refused(u *user, err error)                         // a connection did not come to be, under load
 	outstanding() int64                                 // what settle waits for
 	verify(ctx context.Context, r *run) (counts, error) // off the loop, when the loop is idle
 }
@@ -67,6 +69,7 @@ type run struct {
 	up       int
 	failed   int
 	firstErr error
+	loading  bool // connections are made and lost by the scenario
 	l        ledger
 	m        *meter
 	b        breaches
@@ -86,6 +89,12 @@ type user struct {
 	owed  int         // closed loop: messages to send at the end of the turn
 	seen  int64       // highest number of a push that came
 	group int
+
+	// Of users that come and go.
+	left   time.Time // when
+	url    int       // where to next
+	hinted bool
+	retry  time.Duration
 }
 
 // Run does one run and returns a report for each stage. The reports hold no values and no server
@@ -243,6 +252,7 @@ func (r *run) stage(ctx context.Context, n int, rate Rate) (*report.Report, erro
 	start := time.Now()
 	r.f.DoWait(func() {
 		r.newMeter(start)
+		r.loading = true
 		r.sc.begin(r.m)
 	})
 	if err := r.load(ctx, n, start, rate); err != nil {
@@ -261,7 +271,6 @@ func (r *run) stage(ctx context.Context, n int, rate Rate) (*report.Report, erro
 	var rep *report.Report
 	r.f.DoWait(func() {
 		if left > 0 {
-			r.b.count = ensure(r.b.count)
 			r.b.add("everything sent was answered", "%d had no answer after %s", left, r.o.Settle)
 		}
 		rep = r.report(start, r.o.Duration)
@@ -277,13 +286,6 @@ func (r *run) stage(ctx context.Context, n int, rate Rate) (*report.Report, erro
 		return nil, errors.New("the client loop ended")
 	}
 	return rep, nil
-}
-
-func ensure(m map[string]int64) map[string]int64 {
-	if m == nil {
-		return map[string]int64{}
-	}
-	return m
 }
 
 // load keeps the schedule, or the window, until its end.
@@ -426,6 +428,8 @@ const (
 	pushesOnce       = "every push arrived once"
 	pushesInOrder    = "pushes arrived in order"
 	pushesToTarget   = "no push arrived at another user"
+	comesBack        = "everybody who left came back"
+	toldToGo         = "everybody was told to reconnect, and closed with 4002"
 )
 
 func (r *run) promises() []string {
@@ -440,6 +444,12 @@ func (r *run) promises() []string {
 	switch r.o.Scenario {
 	case "downstream", "fanout", "chat", "soak":
 		list = append(list, pushesOnce, pushesInOrder, pushesToTarget)
+	}
+	switch r.o.Scenario {
+	case "churn", "soak":
+		list = append(list, comesBack)
+	case "drain":
+		list = append(list[:0], toldToGo, comesBack)
 	}
 	return list
 }
@@ -460,9 +470,12 @@ func (r *run) Message(c *fleet.Conn, payload []byte, now time.Time) {
 	if r.gateways[c.URL] == "" {
 		r.gateways[c.URL] = strings.Clone(gjson.GetBytes(payload, "data.gateway_id").Str)
 	}
-	u.up = true
+	u.up, u.hinted, u.url = true, false, c.URL
 	r.up++
 	r.m.took(r.connects, c.Begun.UnixNano(), now.UnixNano())
+	if d, ok := r.sc.(*drain); ok && r.loading {
+		d.returned(u, now.UnixNano())
+	}
 }
 
 // Turn ends the frames of one read.
@@ -477,12 +490,15 @@ func (r *run) Closed(c *fleet.Conn, code int, err error, now time.Time) {
 	u := &r.users[c.User]
 	if !u.up {
 		u.conn = nil
+		if err == nil {
+			err = fmt.Errorf("closed with %d before `connected`", code)
+		}
 		r.failed++
 		if r.firstErr == nil {
-			if err == nil {
-				err = fmt.Errorf("closed with %d before `connected`", code)
-			}
 			r.firstErr = err
+		}
+		if r.loading {
+			r.sc.refused(u, err)
 		}
 		return
 	}
@@ -496,7 +512,7 @@ func (r *run) lostAtAll(u *user, code int, err error) {
 	r.b.add(keepsConnections, "user %s: close code %d, %v", u.name, code, err)
 }
 
-// gateway is the id of the gateway that serves u.
-func (r *run) gateway(u *user) string { return r.gateways[u.n%len(r.gateways)] }
+// refusedAtAll is refused of scenarios in which no connection is made under load.
+func (r *run) refusedAtAll(u *user, err error) { r.b.add(keepsConnections, "user %s: %v", u.name, err) }
 
 func (r *run) size() int { return r.o.Size.draw(r.rng) }

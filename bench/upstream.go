@@ -32,9 +32,10 @@ func (s *upstream) begin(m *meter) {
 }
 
 func (s *upstream) send(due int64) {
-	for range s.r.users {
+	users := s.r.chatters()
+	for range users {
 		u := &s.r.users[s.next]
-		s.next = (s.next + 1) % len(s.r.users)
+		s.next = (s.next + 1) % users
 		if u.up {
 			s.r.out = s.append(s.r.out[:0], u, due, time.Now().UnixNano())
 			_ = s.r.f.Write(u.conn, s.r.out) // a lost connection is told to lost
@@ -134,6 +135,8 @@ func (s *upstream) turn(u *user, now int64) {
 }
 
 func (s *upstream) lost(u *user, code int, err error, _ time.Time) { s.r.lostAtAll(u, code, err) }
+
+func (s *upstream) refused(u *user, err error) { s.r.refusedAtAll(u, err) }
 
 func (s *upstream) outstanding() int64 { return s.r.l.pending }
 

@@ -2,6 +2,8 @@ package bench
 
 import (
 	"fmt"
+	"strconv"
+	"strings"
 
 	"im-gateway/bench/report"
 )
@@ -32,6 +34,9 @@ func Values(r *report.Report) {
 			add("server CPU per "+what.one, "us", cpu*1e6/float64(n), "lower")
 		}
 	}
+	if slope, ok := memoryPerUser(r); ok {
+		add("server memory per user", "bytes", slope, "lower")
+	}
 	if len(r.Servers) > 0 {
 		add("server CPU", "cores", cpu/r.Seconds, "lower")
 		add("server memory, peak", "MiB", float64(peak)/(1<<20), "lower")
@@ -43,4 +48,28 @@ func Values(r *report.Report) {
 	if client > 0.85 {
 		r.Warnings = append(r.Warnings, fmt.Sprintf("a bench process used %.2f cores of its one loop: the bench, not the server, may be the limit; use more -processes", client))
 	}
+}
+
+// restedAt names the counts of idle: the servers' memory, in bytes, at a number of users.
+const restedAt = "server memory, bytes, users: "
+
+// memoryPerUser is the slope of the servers' memory over the number of users, by least squares.
+func memoryPerUser(r *report.Report) (float64, bool) {
+	var n, sx, sy, sxx, sxy float64
+	for _, c := range r.Counts {
+		s, ok := strings.CutPrefix(c.Name, restedAt)
+		if !ok {
+			continue
+		}
+		users, err := strconv.Atoi(s)
+		if err != nil {
+			continue
+		}
+		x, y := float64(users), float64(c.N)
+		n, sx, sy, sxx, sxy = n+1, sx+x, sy+y, sxx+x*x, sxy+x*y
+	}
+	if d := n*sxx - sx*sx; n >= 2 && d != 0 {
+		return (n*sxy - sx*sy) / d, true
+	}
+	return 0, false
 }

@@ -3,6 +3,7 @@ package bench
 import (
 	"context"
 	"os"
+	"strconv"
 	"time"
 
 	"im-gateway/bench/procstat"
@@ -44,8 +45,19 @@ func Measure(ctx context.Context, o Options, servers []string, pids []int, h Hoo
 			measured(n)
 		}
 	}
+	var rested []report.Count
+	h.Rested = func(users int) {
+		rss, rerr := s.RSS(len(pids))
+		if rerr != nil && err == nil {
+			err = rerr
+		}
+		rested = append(rested, report.Count{Name: restedAt + strconv.Itoa(users), N: rss})
+	}
 	reports, rerr := Run(ctx, o, h)
 	for i, r := range reports {
+		if len(pids) > 0 {
+			r.Counts = append(r.Counts, rested...)
+		}
 		if i < len(taken) {
 			k := len(taken[i]) - 1
 			r.Servers, r.Clients = taken[i][:k], taken[i][k:]

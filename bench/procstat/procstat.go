@@ -130,6 +130,17 @@ func (s *Sampler) Processes() ([]report.Process, error) {
 	return out, errors.Join(errs...)
 }
 
+// RSS is what the first n processes have resident now, in bytes.
+func (s *Sampler) RSS(n int) (int64, error) {
+	var sum int64
+	s.all(func(w *watched) error { return w.sample(s.start) })
+	procs, err := s.Processes()
+	for _, p := range procs[:n] {
+		sum += p.Samples[len(p.Samples)-1].RSS
+	}
+	return sum, err
+}
+
 // Stop ends the watching.
 func (s *Sampler) Stop() {
 	close(s.stop)
