@@ -98,10 +98,10 @@ func New(cfg Config, logger zerolog.Logger) (*Engine, error) {
 		e.cfg.GatewayID, e.random = NewGatewayID(host), true
 	}
 	if e.cfg.Shard.Count == 0 {
-		e.cfg.Shard.Count = runtime.NumCPU()
+		e.cfg.Shard.Count = halfTheCores()
 	}
 	if e.cfg.HTTP.Loops == 0 {
-		e.cfg.HTTP.Loops = runtime.NumCPU()
+		e.cfg.HTTP.Loops = halfTheCores()
 	}
 	e.log = logger.With().Str("gateway_id", e.cfg.GatewayID).Logger()
 	var seed [8]byte
@@ -165,6 +165,9 @@ func (e *Engine) Run(ctx context.Context) error {
 	case err == nil:
 		e.log.Info().Stringer("http_addr", e.httpAddr).Str("version", Version()).
 			Dur("took_ms", time.Since(e.started)).Msg("ready")
+		if err := trimStart(); err != nil {
+			e.log.Debug().Err(err).Msg("the memory that starting took is kept")
+		}
 		select {
 		case <-ctx.Done():
 		case <-e.hard.Done():
@@ -253,3 +256,8 @@ func (e *Engine) await(ctx context.Context, need string, f func(context.Context)
 	}
 	return nil
 }
+
+// halfTheCores is how many event loops, and how many shards, there are unless configured. A loop
+// and a shard keep a core busy together with what sarama does for them; more of them only makes
+// batches smaller and wake-ups more frequent.
+func halfTheCores() int { return max(1, runtime.NumCPU()/2) }
