@@ -130,6 +130,7 @@ func (r *run) post(q *produceQueue, n int64, users []int, due int64) int {
 func (s *downstream) frame(u *user, payload []byte, now int64) {
 	if done := s.r.push(u, payload, now, s.m, s.pushed, s.fan); done {
 		s.r.l.pending--
+		u.owed++
 	}
 }
 
@@ -161,7 +162,15 @@ func (r *run) push(u *user, payload []byte, now int64, m *meter, t *track, group
 	return e.got == e.owed
 }
 
-func (s *downstream) turn(*user, int64) {}
+// turn writes, in a closed loop, a record for each that has arrived.
+func (s *downstream) turn(u *user, now int64) {
+	k := u.owed
+	u.owed = 0
+	for s.r.o.Window > 0 && k > 0 && s.r.pacing.Load() {
+		s.send(now)
+		k--
+	}
+}
 
 func (s *downstream) lost(u *user, code int, err error, _ time.Time) { s.r.lostAtAll(u, code, err) }
 

@@ -37,6 +37,8 @@ type Options struct {
 
 	DrainPID int `json:"drain_pid,omitempty"` // of drain: the gateway process to end; 0: somebody else ends it
 
+	Plain bool `json:"plain,omitempty"` // the servers are no gateways and say no `connected`: for connect and idle
+
 	Steps int `json:"steps,omitempty"` // of idle: numbers of users at which memory is read; 5
 
 	Kafka            []string `json:"kafka,omitempty"`   // brokers; none: acks are not checked against Kafka

@@ -45,6 +45,7 @@ type counts []report.Count
 
 // kind is what there is to know of a scenario before it runs.
 type kind struct {
+	plain      bool // the servers say no `connected`
 	needsKafka bool
 	make       func(r *run) scenario
 	run        func(ctx context.Context, r *run) ([]*report.Report, error) // nil: connect, load, settle, verify
@@ -442,7 +443,7 @@ func (r *run) promises() []string {
 		}
 	}
 	switch r.o.Scenario {
-	case "downstream", "fanout", "chat", "soak":
+	case "downstream", "fanout", "chat", "soak", "echo-load":
 		list = append(list, pushesOnce, pushesInOrder, pushesToTarget)
 	}
 	switch r.o.Scenario {
@@ -455,7 +456,13 @@ func (r *run) promises() []string {
 }
 
 // Upgraded, Message, Turn and Closed are the fleet's Handler.
-func (r *run) Upgraded(c *fleet.Conn, _ time.Time) { r.users[c.User].conn = c }
+func (r *run) Upgraded(c *fleet.Conn, now time.Time) {
+	u := &r.users[c.User]
+	u.conn = c
+	if r.o.Plain || scenarios[r.o.Scenario].plain {
+		r.isUp(u, c, now)
+	}
+}
 
 // Message hands a frame to the scenario; the first one must be `connected`.
 func (r *run) Message(c *fleet.Conn, payload []byte, now time.Time) {
@@ -470,6 +477,11 @@ func (r *run) Message(c *fleet.Conn, payload []byte, now time.Time) {
 	if r.gateways[c.URL] == "" {
 		r.gateways[c.URL] = strings.Clone(gjson.GetBytes(payload, "data.gateway_id").Str)
 	}
+	r.isUp(u, c, now)
+}
+
+// isUp counts a user as connected.
+func (r *run) isUp(u *user, c *fleet.Conn, now time.Time) {
 	u.up, u.hinted, u.url = true, false, c.URL
 	r.up++
 	r.m.took(r.connects, c.Begun.UnixNano(), now.UnixNano())

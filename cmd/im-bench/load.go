@@ -47,6 +47,7 @@ func (f *flags) register(fs *pflag.FlagSet, scenario string) {
 	fs.StringVar(&f.size, "size", o.Size.String(), "bytes of content per message: 128, or 64-1024, or lognormal:MEDIAN,SIGMA,MAX")
 	fs.StringVar(&f.group, "group", o.Group.String(), "users per group, in fanout and chat; as for size")
 	fs.IntVar(&f.o.Steps, "steps", o.Steps, "idle: numbers of users at which memory is read")
+	fs.BoolVar(&f.o.Plain, "plain", false, "connect, idle: the servers are no gateways; connected means upgraded")
 	fs.IntVar(&f.o.DrainPID, "drain-pid", 0, "drain: the gateway process to end with SIGTERM; 0: somebody else ends one")
 	fs.StringSliceVar(&f.kafka, "kafka", nil, "brokers; acks are then checked against the log (or IM_KAFKA_BROKERS)")
 	fs.StringVar(&f.o.UpstreamTopic, "upstream-topic", o.UpstreamTopic, "as the gateway's kafka.upstream_topic")
@@ -101,6 +102,9 @@ func (f *flags) readTokens() (bench.Tokens, error) {
 			return bench.Tokens{}, fmt.Errorf("read the secret: %w", err)
 		}
 		secret = strings.TrimSpace(string(b))
+	}
+	if secret == "" && (f.o.Plain || f.o.Scenario == "echo-load") {
+		return bench.Tokens{}, nil
 	}
 	if secret == "" {
 		return bench.Tokens{}, errors.New("no tokens: give -secret-file, -jwks, -tokens or IM_AUTH_HS256_SECRET, to match the gateway's auth settings")
