@@ -118,6 +118,7 @@ func (s *shard) settleAll(end codec.End) {
 				s.end(d, end)
 			}
 		default:
+			s.flushCounts()
 			s.flushEnds()
 			return
 		}

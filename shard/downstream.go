@@ -80,7 +80,7 @@ func (s *shard) end(d codec.Delivery, end codec.End) {
 		return
 	}
 	s.handling = codec.Delivery{}
-	s.metrics.ends[end].Inc()
+	s.counts.ends[end]++
 	owner := d.Record.Owner
 	if owner == nil {
 		return

@@ -131,14 +131,29 @@ func (m *metrics) refuse(code codec.Code) {
 	}
 }
 
-func (m *metrics) result(code codec.Code, late bool) {
-	if code != codec.OK {
+// counts are what a shard has counted since it last added it to the metrics: an atomic operation for
+// each message or ping would wait for every write before it.
+type counts struct {
+	stored, late, inFlight, heartbeats int
+	ends                               [codec.NumEnds]int
+}
+
+// flushCounts goes before anything is handed on that others could have counted themselves.
+func (s *shard) flushCounts() {
+	c, m := &s.counts, s.metrics
+	if *c == (counts{}) {
 		return
 	}
-	m.stored.Inc()
-	if late {
-		m.late.Inc()
+	m.stored.Add(float64(c.stored))
+	m.late.Add(float64(c.late))
+	m.inFlight.Add(int64(c.inFlight))
+	m.heartbeats.Add(float64(c.heartbeats))
+	for end, n := range c.ends {
+		if n > 0 {
+			m.ends[end].Add(float64(n))
+		}
 	}
+	*c = counts{}
 }
 
 // value reads a counter.

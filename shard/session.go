@@ -25,7 +25,7 @@ const (
 func refOf(id codec.SessionID) ref { return ref(id.Loop())<<24 | ref(id.Index()) }
 
 // session is one connected session. It is kept small: there may be a million of them. What a message
-// needs stands in the first 32 bytes, and so, at 96 bytes a session, in one cache line.
+// needs stands together, in the first 32 bytes.
 type session struct {
 	id         codec.SessionID
 	pending    int32           // bytes of frames that the kernel has not taken yet
@@ -39,8 +39,6 @@ type session struct {
 	online     bool   // user.online was sent
 	slot       uint16 // wheel slot + 1; 0: in none
 
-	wheelPrev   ref
-	wheelNext   ref
 	next        ref    // the user's next session
 	pinged      uint32 // tick of the last ping
 	refreshed   uint32 // tick of the last presence refresh

@@ -61,6 +61,7 @@ type shard struct {
 	ops         []PresenceOp // not submitted yet
 	outstanding int          // submitted, without a result
 	touched     int          // see touch
+	counts      counts
 	drain       drain
 }
 
@@ -212,6 +213,7 @@ func (s *shard) clock() {
 // does not keep the others waiting.
 func (s *shard) flush() {
 	s.current = 0
+	s.flushCounts()
 	s.guard(s.resume)
 	s.guard(s.flushEgress)
 	s.guard(s.flushEnds)
@@ -326,8 +328,8 @@ func (s *shard) goLive(ses *session, degraded bool) {
 	// A storm of connects is spread over the interval from here on.
 	phase := rand.Uint32N(s.heartbeatTicks)
 	ses.pinged = s.wheel.now - phase
-	refreshPhase := rand.Uint32N(s.refreshTicks)
-	ses.refreshed = s.wheel.now - refreshPhase
+	ses.refreshed = s.wheel.now - phase%s.refreshTicks // in one go with the ping where they are as often
+	unschedule(ses)                                    // from the end of the claim's timeout
 	s.schedule(ses, s.nextDue(ses))
 }
 
@@ -347,7 +349,7 @@ func (s *shard) close(ses *session, code codec.CloseCode, reason string) {
 // last one.
 func (s *shard) leave(ses *session, reason string) {
 	ses.state = closing
-	s.unschedule(ses)
+	unschedule(ses)
 	s.unlink(ses)
 	s.userNum.Store(int64(len(s.users)))
 	s.releasePresence(ses)
@@ -360,7 +362,7 @@ func (s *shard) leave(ses *session, reason string) {
 // forget frees a session's slot. It can be called in any state.
 func (s *shard) forget(ses *session, end codec.End) {
 	s.settle(ses, end)
-	s.unschedule(ses)
+	unschedule(ses)
 	s.unlink(ses)
 	*ses = session{}
 	s.sessions.Add(-1)
@@ -413,7 +415,7 @@ func (s *shard) onTick() {
 // catchUp does a bounded share of what is due; while more is, it is called again every round.
 func (s *shard) catchUp() {
 	began := s.opts.Now()
-	turned := s.turn(s.target)
+	turned := s.turn(s.target, began)
 	expired := s.expireFlight()
 	s.lagging = !turned || !expired
 	s.lag.Store(int64(int32(s.target - s.wheel.now)))

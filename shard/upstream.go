@@ -62,7 +62,7 @@ func (s *shard) onMessage(u *codec.Upstream) {
 func (s *shard) accept(u *codec.Upstream) {
 	u.Deadline = s.now + s.opts.AckDeadline.Milliseconds()
 	s.flight.add(u)
-	s.metrics.inFlight.Add(1)
+	s.counts.inFlight++
 	s.up.Records = append(s.up.Records, u)
 }
 
@@ -123,8 +123,13 @@ func (s *shard) onResults(b *codec.UpstreamBatch) {
 		if !u.Unknown {
 			s.flight.remove(u)
 		}
-		s.metrics.inFlight.Add(-1)
-		s.metrics.result(u.Result.Code, u.Unknown)
+		s.counts.inFlight--
+		if u.Result.Code == codec.OK {
+			s.counts.stored++
+			if u.Unknown {
+				s.counts.late++
+			}
+		}
 		s.answer(u)
 		u.Release()
 	}, nil)

@@ -9,81 +9,94 @@ import (
 // tickLength is the wheel's resolution: heartbeats, expiries and deadlines are met within one tick.
 const tickLength = 100 * time.Millisecond
 
-// tickWork bounds how many sessions are looked at before other work has its turn, so that a tick never
-// holds the shard for long; what is left is carried on with at once.
-const tickWork = 2048
+// A tick never holds the shard for long: it looks at so many sessions, and works for so long, before
+// other work has its turn; what is left is carried on with at once.
+const (
+	tickWork = 2048
+	tickTime = time.Millisecond
+)
 
-// wheel is the timing wheel: a circle of lists of sessions, linked through the sessions themselves.
-// A session is in at most one list, due when the wheel gets there.
+// Sessions are touched, and the clock is read, once for so many that are due.
+const dueBatch = 64
+
+// maxKeptSlot keeps the memory of a storm, when many are due at once, from staying.
+const maxKeptSlot = 1 << 14
+
+// wheel is the timing wheel: a circle of lists of sessions, due when the wheel gets there. A session
+// knows the slot in which it is due; wherever else it is listed counts for nothing, so that nothing
+// needs to be taken out of a list. It is listed again only to be due earlier.
 type wheel struct {
-	slots []ref
+	slots [][]ref
 	now   uint32 // the tick that has been reached
 }
 
 // newWheel returns a wheel that can hold sessions due up to span ahead.
 func newWheel(span time.Duration) wheel {
-	w := wheel{slots: make([]ref, int(span/tickLength)+2)}
-	for i := range w.slots {
-		w.slots[i] = noRef
-	}
-	return w
+	return wheel{slots: make([][]ref, int(span/tickLength)+2)}
 }
 
 // ticks converts a duration, at least one tick.
 func ticks(d time.Duration) uint32 { return max(1, uint32((d+tickLength-1)/tickLength)) }
 
-// schedule makes ses due in n ticks, at the most the wheel's span.
+// schedule makes ses due in n ticks, at the most the wheel's span, unless it is due before.
 func (s *shard) schedule(ses *session, n uint32) {
-	s.unschedule(ses)
 	w := &s.wheel
-	n = min(max(n, 1), uint32(len(w.slots)-1))
-	slot := (w.now + n) % uint32(len(w.slots))
-	first := w.slots[slot]
-	ses.wheelPrev, ses.wheelNext = noRef, first
-	if first != noRef {
-		s.byRef(first).wheelPrev = refOf(ses.id)
+	size := uint32(len(w.slots))
+	n = min(max(n, 1), size-1)
+	if ses.slot != 0 && (uint32(ses.slot)-1+size-w.now%size)%size <= n {
+		return
 	}
-	w.slots[slot] = refOf(ses.id)
+	slot := (w.now + n) % size
+	w.slots[slot] = append(w.slots[slot], refOf(ses.id))
 	ses.slot = uint16(slot) + 1
 }
 
-func (s *shard) unschedule(ses *session) {
-	if ses.slot == 0 {
-		return
-	}
-	if ses.wheelPrev == noRef {
-		s.wheel.slots[ses.slot-1] = ses.wheelNext
-	} else {
-		s.byRef(ses.wheelPrev).wheelNext = ses.wheelNext
-	}
-	if ses.wheelNext != noRef {
-		s.byRef(ses.wheelNext).wheelPrev = ses.wheelPrev
-	}
-	ses.slot = 0
-}
+func unschedule(ses *session) { ses.slot = 0 }
 
-// turn advances the wheel towards target and handles what is due, at most tickWork sessions. It
-// returns false when there is more to do.
-func (s *shard) turn(target uint32) bool {
+// turn advances the wheel towards target and handles what is due, within the bounds of a tick that
+// began at the given time. It returns false when there is more to do.
+func (s *shard) turn(target uint32, began time.Time) bool {
 	w := &s.wheel
 	if span := uint32(len(w.slots)); int32(target-w.now) > int32(span) {
 		w.now = target - span // after a long stop of the process one turn finds every session
 	}
 	for work := 0; ; {
 		slot := w.now % uint32(len(w.slots))
-		for w.slots[slot] != noRef {
-			if work++; work > tickWork {
+		for len(w.slots[slot]) > 0 {
+			n := min(len(w.slots[slot]), dueBatch)
+			if work += n; work > tickWork || work > n && s.opts.Now().Sub(began) > tickTime {
 				return false
 			}
-			ses := s.byRef(w.slots[slot])
-			s.unschedule(ses)
-			s.current = ses.id
-			s.due(ses)
+			s.turnSlot(slot, n)
+		}
+		if cap(w.slots[slot]) > maxKeptSlot {
+			w.slots[slot] = nil
 		}
 		if int32(target-w.now) <= 0 {
 			return true
 		}
 		w.now++
+	}
+}
+
+// turnSlot handles the last n of a slot. Nothing that it does adds to the slot.
+func (s *shard) turnSlot(slot uint32, n int) {
+	list := &s.wheel.slots[slot]
+	for _, r := range (*list)[len(*list)-n:] {
+		if ses := s.byRef(r); ses.slot != 0 && ses.expiresAt != 0 {
+			s.touched++
+		}
+	}
+	for range n {
+		last := len(*list) - 1
+		ses := s.byRef((*list)[last])
+		*list = (*list)[:last]
+		if uint32(ses.slot) != slot+1 {
+			continue
+		}
+		unschedule(ses)
+		s.current = ses.id
+		s.due(ses)
 	}
 }
 
@@ -110,7 +123,7 @@ func (s *shard) due(ses *session) {
 	}
 	if tick-ses.pinged >= s.heartbeatTicks {
 		ses.pinged = tick
-		s.metrics.heartbeats.Inc()
+		s.counts.heartbeats++
 		s.command(ses).Kind = codec.CommandPing
 	}
 	if tick-ses.refreshed >= s.refreshTicks {

@@ -324,9 +324,7 @@ func (d *driver) trickle(ctx context.Context, rate int, lasting time.Duration) (
 			}
 			sent++
 		}
-		if !d.pump() {
-			runtime.Gosched()
-		}
+		d.pump()
 		if err := ctx.Err(); err != nil {
 			return 0, context.Cause(ctx)
 		}
