@@ -3,7 +3,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 TIMEOUT ?= 900s
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test test-fast test-unit test-e2e test-real lint generate clean
+.PHONY: help build bench run test test-fast test-unit test-e2e test-real lint generate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,10 @@ test-real:
 	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./registry/...
 	$(GO) run ./test/servers/cmd/withkafka $(GO) test -count=1 -timeout $(TIMEOUT) -tags realkafka,kafkaoutage ./broker
 	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./test/e2e -backend=real
+
+bench: build ## measure this gateway and its peers side by side; needs kafka, etcd, redis and strace, takes about an hour
+	cd bench/peers && $(GO) build -trimpath -o ../../bin/peers/ ./...
+	$(GO) run ./bench/suite $(BENCH_ARGS)
 
 lint: ## gofmt, go vet, staticcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
