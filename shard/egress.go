@@ -130,7 +130,9 @@ func (s *shard) drainReturns() {
 func (s *shard) onReturn(b *codec.EgressBatch) {
 	o := &s.out[b.Loop]
 	o.sent = nil
-	s.touch(len(b.Commands), func(i int) codec.SessionID { return b.Commands[i].Session })
+	for i := range b.Commands {
+		s.touch(b.Commands[i].Session)
+	}
 	s.forEach(len(b.Commands), func(i int) {
 		if c := &b.Commands[i]; c.Kind == codec.CommandFrame {
 			s.onOutcome(c)

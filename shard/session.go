@@ -74,9 +74,6 @@ func (t *table) grow(index uint32) *session {
 
 // lookup returns the session named by id, or nil when it has ended.
 func (s *shard) lookup(id codec.SessionID) *session {
-	if id.Loop() >= len(s.tables) {
-		return nil
-	}
 	ses := s.tables[id.Loop()].at(id.Index())
 	if ses == nil || ses.id != id || ses.state == free {
 		return nil
@@ -84,13 +81,11 @@ func (s *shard) lookup(id codec.SessionID) *session {
 	return ses
 }
 
-// touch reads the sessions of a batch before the batch is handled. The reads do not depend on each
-// other, so that the processor waits for many of them at once, not for one after the other.
-func (s *shard) touch(n int, id func(i int) codec.SessionID) {
-	for i := range n {
-		if s.lookup(id(i)) != nil {
-			s.touched++
-		}
+// touch reads a session before the batch that names it is handled. A batch's touches do not depend on
+// each other, so that the processor waits for many of them at once, not for one after the other.
+func (s *shard) touch(id codec.SessionID) {
+	if s.lookup(id) != nil {
+		s.touched++
 	}
 }
 

@@ -46,7 +46,7 @@ type shard struct {
 	now         int64     // Unix ms, once per round
 	began       time.Time // of the round; zero: it has done nothing yet
 	current     codec.SessionID
-	tables      []table
+	tables      [codec.MaxLoops]table // an id cannot name one that is not there
 	users       map[string]ref
 	wheel       wheel
 	target      uint32 // the tick that the clock has reached
@@ -60,7 +60,7 @@ type shard struct {
 	notes       []userNote
 	ops         []PresenceOp // not submitted yet
 	outstanding int          // submitted, without a result
-	touched     int          // see touch
+	touched     uint32       // see touch
 	counts      counts
 	drain       drain
 }
@@ -84,7 +84,6 @@ func newShard(set *Set, index int, m *metrics) *shard {
 		publishes:      make(chan *codec.Upstream, publishQueue),
 		upstream:       o.Publisher.Queue(index),
 		stalled:        make([]atomic.Bool, o.Loops),
-		tables:         make([]table, o.Loops),
 		users:          map[string]ref{},
 		wheel:          newWheel(max(o.Heartbeat, o.RefreshInterval, o.ClaimTimeout, o.DeliveryTimeout)),
 		out:            make([]outbox, o.Loops),
@@ -243,7 +242,9 @@ func (s *shard) onIngress(b *codec.IngressBatch) {
 	// A loop returns a batch before it reports what happened to the connection later: outcomes
 	// must be known first.
 	s.drainReturns()
-	s.touch(len(b.Events), func(i int) codec.SessionID { return b.Events[i].Session })
+	for i := range b.Events {
+		s.touch(b.Events[i].Session)
+	}
 	s.forEach(len(b.Events), func(i int) { s.onEvent(&b.Events[i]) }, func(i int) {
 		// The loop reports a close once: whatever went wrong, the slot is given up.
 		if e := &b.Events[i]; e.Kind == codec.EventClose {

@@ -116,7 +116,9 @@ func (s *shard) onPublish(u *codec.Upstream) {
 
 // onResults answers the clients.
 func (s *shard) onResults(b *codec.UpstreamBatch) {
-	s.touch(len(b.Records), func(i int) codec.SessionID { return b.Records[i].Session })
+	for _, u := range b.Records {
+		s.touch(u.Session)
+	}
 	s.forEach(len(b.Records), func(i int) {
 		u := b.Records[i]
 		s.current = u.Session
