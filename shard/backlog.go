@@ -118,7 +118,6 @@ func (s *shard) settleAll(end codec.End) {
 				s.end(d, end)
 			}
 		default:
-			s.flushCounts()
 			s.flushEnds()
 			return
 		}

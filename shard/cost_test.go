@@ -210,6 +210,65 @@ func TestTickIsBounded(t *testing.T) {
 	}
 }
 
+// TestWakeUps: a loop's return wakes the shard only if somebody waits for it, and is found by the next
+// round all the same.
+func TestWakeUps(t *testing.T) {
+	q := newQuiet(t, time.Now)
+	s := q.s
+	q.open(2)
+	give := func() { // what the loop was given goes back done
+		t.Helper()
+		if len(q.sent) != 1 {
+			t.Fatalf("%d batches with the loop", len(q.sent))
+		}
+		b := q.sent[0]
+		q.sent = nil
+		for i := range b.Commands {
+			b.Commands[i].Outcome = codec.OutcomeFlushed
+		}
+		s.set.Return(b)
+	}
+	woken := func() bool {
+		select {
+		case <-s.returned:
+			return true
+		default:
+			return false
+		}
+	}
+	s.onRefresh(sessionID(0, 1), 1<<60)
+	s.flush()
+	give()
+	if woken() {
+		t.Error("the shard is woken for nothing")
+	}
+	if s.begin(); s.out[0].sent != nil || s.lookup(sessionID(0, 1)).pending != 0 {
+		t.Error("the return was not found")
+	}
+
+	s.onRefresh(sessionID(0, 1), 1<<60)
+	s.flush()
+	s.onRefresh(sessionID(1, 1), 1<<60) // waits for the batch before
+	s.flush()
+	give()
+	if !woken() {
+		t.Error("the next batch waits, but the shard was not woken")
+	}
+	s.begin()
+	s.flush()
+
+	give()
+	s.onDeliveries(q.batch(1))
+	s.flush() // finds the batch that has come back, and sends the next
+	give()
+	if !woken() {
+		t.Error("a delivery has ended, but the shard was not woken")
+	}
+	if s.begin(); s.counts.ends[codec.EndDelivered] != 1 {
+		t.Error("the delivery has not ended")
+	}
+}
+
 // TestDeadlineOfABacklog: a frame that the kernel does not take is noticed in time, though the session
 // would not be looked at for its heartbeat until much later.
 func TestDeadlineOfABacklog(t *testing.T) {

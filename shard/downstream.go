@@ -95,6 +95,7 @@ func (s *shard) end(d codec.Delivery, end codec.End) {
 }
 
 func (s *shard) flushEnds() {
+	s.flushCounts() // what came back during the flush, too
 	ends := s.ends
 	s.ends = ends[:0]
 	s.forEach(len(ends), func(i int) { ends[i].owner.Ends(ends[i].list) }, nil)

@@ -1,14 +1,22 @@
 package shard
 
 import (
+	"sync/atomic"
+
 	"im-gateway/codec"
 )
 
 // outbox gathers the commands for one event loop while its last batch is under way.
 type outbox struct {
-	fill  *codec.EgressBatch
-	spare *codec.EgressBatch
-	sent  *codec.EgressBatch // with the loop; nil: none is
+	fill       *codec.EgressBatch
+	deliveries bool // fill carries some
+	spare      *codec.EgressBatch
+	sent       *codec.EgressBatch // with the loop; nil: none is
+
+	// A batch that has come back waits here until the shard's next round. The shard is only woken for
+	// it if somebody waits: the consumer for how deliveries ended, or the next batch for this loop.
+	back atomic.Pointer[codec.EgressBatch]
+	wake atomic.Bool
 }
 
 // A batch that grew during a burst does not hold its memory.
@@ -46,6 +54,9 @@ func (s *shard) frame(ses *session, payload []byte, d codec.Delivery) {
 	ses.out++
 	c := s.command(ses)
 	c.Kind, c.Payload, c.Delivery = codec.CommandFrame, payload, d
+	if d.Record != nil {
+		s.out[ses.id.Loop()].deliveries = true
+	}
 	s.handling = codec.Delivery{}
 }
 
@@ -107,22 +118,32 @@ func (s *shard) release(ses *session) {
 func (s *shard) flushEgress() {
 	for i := range s.out {
 		o := &s.out[i]
-		if o.sent != nil || o.fill == nil || len(o.fill.Commands) == 0 {
+		if o.fill == nil || len(o.fill.Commands) == 0 {
 			continue
 		}
-		o.sent, o.fill = o.fill, nil
+		if o.sent != nil {
+			// The mark is set before the look: either this look finds the batch, or its return the mark.
+			o.wake.Store(true)
+			s.takeReturn(o)
+		}
+		if o.sent != nil {
+			continue
+		}
+		o.wake.Store(o.deliveries)
+		o.sent, o.fill, o.deliveries = o.fill, nil, false
 		s.opts.Egress.Submit(o.sent)
 	}
 }
 
 func (s *shard) drainReturns() {
-	for {
-		select {
-		case b := <-s.returns:
-			s.onReturn(b)
-		default:
-			return
-		}
+	for i := range s.out {
+		s.takeReturn(&s.out[i])
+	}
+}
+
+func (s *shard) takeReturn(o *outbox) {
+	if o.back.Load() != nil { // cheaper than a swap
+		s.onReturn(o.back.Swap(nil))
 	}
 }
 

@@ -185,7 +185,6 @@ func (q *queueCollector) Collect(ch chan<- prometheus.Metric) {
 			depth, cap int
 		}{
 			{"ingress", len(s.ingress), cap(s.ingress)},
-			{"returns", len(s.returns), cap(s.returns)},
 			{"results", len(s.results), cap(s.results)},
 			{"deliveries", len(s.deliveries), cap(s.deliveries)},
 			{"presence", len(s.presence), cap(s.presence)},

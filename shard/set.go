@@ -176,7 +176,17 @@ func (set *Set) Offer(shard int, b *codec.IngressBatch) bool {
 
 // Return gives a batch back to its shard with the outcomes. It never blocks: one batch per loop
 // and shard is under way, and there is room for each.
-func (set *Set) Return(b *codec.EgressBatch) { set.shards[b.Shard].returns <- b }
+func (set *Set) Return(b *codec.EgressBatch) {
+	s := set.shards[b.Shard]
+	o := &s.out[b.Loop]
+	o.back.Store(b)
+	if o.wake.Load() {
+		select {
+		case s.returned <- struct{}{}:
+		default: // the shard will look anyway
+		}
+	}
+}
 
 // Results gives records back to their shard with the broker's results. It blocks while the shard's
 // queue is full, which a shard never lets last.

@@ -28,7 +28,7 @@ type shard struct {
 
 	// Queues: who sends, see Set. None is ever closed.
 	ingress    chan *codec.IngressBatch
-	returns    chan *codec.EgressBatch // one per loop
+	returned   chan struct{} // capacity 1: a loop has returned a batch, see outbox
 	results    chan *codec.UpstreamBatch
 	deliveries chan *codec.DeliveryBatch
 	presence   chan []PresenceResult
@@ -76,7 +76,7 @@ func newShard(set *Set, index int, m *metrics) *shard {
 		refreshTicks:   ticks(o.RefreshInterval),
 		started:        o.Now(),
 		ingress:        make(chan *codec.IngressBatch, ingressQueue),
-		returns:        make(chan *codec.EgressBatch, o.Loops),
+		returned:       make(chan struct{}, 1),
 		results:        make(chan *codec.UpstreamBatch, resultQueue),
 		deliveries:     make(chan *codec.DeliveryBatch, deliveryQueue),
 		presence:       make(chan []PresenceResult, presenceQueue),
@@ -119,37 +119,36 @@ func (s *shard) round(ctx context.Context, tick <-chan time.Time) {
 	if !s.lagging {
 		select {
 		case b := <-s.ingress:
-			s.clock()
+			s.begin()
 			s.onIngress(b)
-		case b := <-s.returns:
-			s.clock()
-			s.onReturn(b)
+		case <-s.returned:
+			s.begin()
 		case b := <-s.results:
-			s.clock()
+			s.begin()
 			s.onResults(b)
 		case b := <-deliveries:
-			s.clock()
+			s.begin()
 			s.onDeliveries(b)
 			deliveries = nil
 		case r := <-s.presence:
-			s.clock()
+			s.begin()
 			s.onPresence(r)
 		case f := <-s.control:
-			s.clock()
+			s.begin()
 			s.onControl(f)
 		case u := <-s.publishes:
-			s.clock()
+			s.begin()
 			s.onPublish(u)
 		case upstream <- s.up:
 			s.up = &codec.UpstreamBatch{Shard: s.index}
 		case <-tick:
-			s.clock()
+			s.begin()
 			s.onTick()
 		case <-ctx.Done():
 			return
 		}
 	} else {
-		s.clock()
+		s.begin()
 		s.catchUp()
 	}
 	for range rounds {
@@ -177,8 +176,8 @@ func (s *shard) more(tick <-chan time.Time, deliveries *chan *codec.DeliveryBatc
 	select {
 	case b := <-s.ingress:
 		s.onIngress(b)
-	case b := <-s.returns:
-		s.onReturn(b)
+	case <-s.returned:
+		s.drainReturns()
 	case b := <-s.results:
 		s.onResults(b)
 	case b := <-*deliveries:
@@ -201,6 +200,12 @@ func (s *shard) more(tick <-chan time.Time, deliveries *chan *codec.DeliveryBatc
 func (s *shard) onControl(f func(*shard)) {
 	s.current = 0
 	f(s)
+}
+
+// begin begins a round with what has come back in the meantime.
+func (s *shard) begin() {
+	s.clock()
+	s.drainReturns()
 }
 
 func (s *shard) clock() {
