@@ -16,6 +16,8 @@ const (
 	maxTraceText = 55 // of a W3C traceparent
 )
 
+const zeroTraceID = "00000000000000000000000000000000"
+
 // ParseError says why a client frame or a downstream record is refused.
 type ParseError struct {
 	Code    Code
@@ -99,7 +101,7 @@ func (m *ClientMessage) readTrace(value []byte) {
 	if len(s) == maxTraceText && s[2] == '-' && s[35] == '-' {
 		s = s[3:35]
 	}
-	if len(s) == 32 && isLowerHex(s) && string(s) != "00000000000000000000000000000000" {
+	if len(s) == 32 && isLowerHex(s) && string(s) != zeroTraceID {
 		m.TraceID = s
 	}
 }

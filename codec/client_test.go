@@ -87,46 +87,6 @@ type record struct {
 	ClientTimestamp int64           `json:"client_timestamp"`
 }
 
-func TestBuild(t *testing.T) {
-	b := NewBuilder(`gate"way`, 99)
-	id := MakeSessionID(3, 1, 77, 5)
-	frame := `{"type":"a\"b","message_id":"c\u2028d","data":{ "x" : 1.0e2 , "y":"\u0041" },"timestamp":5}`
-	var m ClientMessage
-	if err := ParseClient([]byte(frame), &m); err != nil {
-		t.Fatal(err)
-	}
-	u := b.Build(&m, "üser", id, 1000)
-	var r record
-	if err := json.Unmarshal(u.Value, &r); err != nil {
-		t.Fatalf("%v in %s", err, u.Value)
-	}
-	if r.MessageID != string(u.MessageID) || len(r.MessageID) != 26 || len(r.TraceID) != 32 ||
-		r.UserID != "üser" || r.GatewayID != `gate"way` || r.SessionID != id.Name(99) || r.Type != `a"b` ||
-		r.ClientMsgID != "c\u2028d" || r.Timestamp != 1000 || r.ClientTimestamp != 5 {
-		t.Errorf("%+v", r)
-	}
-	if !strings.Contains(string(u.Value), `"data":{ "x" : 1.0e2 , "y":"\u0041" }`) {
-		t.Errorf("data did not pass byte for byte: %s", u.Value)
-	}
-	if string(u.Type) != `a"b` || string(u.ClientMsgID) != "c\u2028d" {
-		t.Errorf("type %q, name %q", u.Type, u.ClientMsgID)
-	}
-	if want := "00-" + r.TraceID + "-"; !strings.HasPrefix(string(u.TraceParent), want) || len(u.TraceParent) != 55 {
-		t.Errorf("traceparent %q", u.TraceParent)
-	}
-	last := r.MessageID
-	u.Release()
-	for now := int64(1000); now > 900; now-- { // a clock that goes back
-		u := b.Build(&m, "u", id, now)
-		if got := string(u.MessageID); got <= last {
-			t.Fatalf("message id %s after %s", got, last)
-		} else {
-			last = got
-		}
-		u.Release()
-	}
-}
-
 func TestHotPathDoesNotAllocate(t *testing.T) {
 	frame := []byte(`{"type":"send-message","message_id":"c-1","data":{"conversation_id":"v1","content":"` +
 		strings.Repeat("x", 128) + `"},"timestamp":1760000000000}`)
@@ -241,23 +201,43 @@ func FuzzScan(f *testing.F) {
 	})
 }
 
-func BenchmarkParseAndBuild(b *testing.B) {
-	frame := []byte(`{"type":"send-message","message_id":"c-1","data":{"conversation_id":"v1","content":"` +
-		strings.Repeat("x", 128) + `"},"timestamp":1760000000000}`)
-	builder := NewBuilder("gateway-1", 1)
+func BenchmarkParseClient(b *testing.B) {
+	frame := typicalFrame()
 	var m ClientMessage
-	b.Run("parse", func(b *testing.B) {
-		b.ReportAllocs()
-		for b.Loop() {
-			if err := ParseClient(frame, &m); err != nil {
-				b.Fatal(err)
+	b.ReportAllocs()
+	for b.Loop() {
+		if err := ParseClient(frame, &m); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func TestParseClientDoesNotAllocate(t *testing.T) {
+	frame := typicalFrame()
+	var m ClientMessage
+	if n := testing.AllocsPerRun(100, func() { _ = ParseClient(frame, &m) }); n != 0 {
+		t.Errorf("allocates %.2f times", n)
+	}
+}
+
+// skipText and skipASCII look at eight bytes at a time: every byte at every place.
+func TestSkip(t *testing.T) {
+	for c := range 256 {
+		for at := range 20 {
+			b := []byte("abcdefghijklmnopqrstuvw")
+			b[at] = byte(c)
+			text, ascii := len(b), len(b)
+			if c < 0x20 || c == '"' || c == '\\' {
+				text, ascii = at, at
+			} else if c >= 0x80 {
+				ascii = at
+			}
+			if got := skipText(b, 0); got != text {
+				t.Errorf("skipText: %q: %d, want %d", b, got, text)
+			}
+			if got := skipASCII(b, 0); got != ascii {
+				t.Errorf("skipASCII: %q: %d, want %d", b, got, ascii)
 			}
 		}
-	})
-	b.Run("build", func(b *testing.B) {
-		b.ReportAllocs()
-		for b.Loop() {
-			builder.Build(&m, "user-1", 1, 1760000000000).Release()
-		}
-	})
+	}
 }

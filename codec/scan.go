@@ -1,6 +1,7 @@
 package codec
 
 import (
+	"bytes"
 	"encoding/json"
 	"unicode/utf8"
 )
@@ -19,13 +20,11 @@ func skipSpace(b []byte, i int) int {
 // scanString checks the string whose opening quote is b[i] and returns the index behind its closing
 // quote, or -1. escaped tells whether it holds escapes.
 func scanString(b []byte, i int) (end int, escaped bool) {
-	for i++; i < len(b); i++ {
-		switch c := b[i]; {
-		case c == '"':
+	for i = skipText(b, i+1); i < len(b); i = skipText(b, i+1) {
+		switch b[i] {
+		case '"':
 			return i + 1, escaped
-		case c < 0x20:
-			return -1, false
-		case c == '\\':
+		case '\\':
 			escaped = true
 			i++
 			if i >= len(b) {
@@ -41,6 +40,8 @@ func scanString(b []byte, i int) (end int, escaped bool) {
 			default:
 				return -1, false
 			}
+		default:
+			return -1, false
 		}
 	}
 	return -1, false
@@ -259,10 +260,8 @@ func stringValue(value []byte) (s []byte, ok bool) {
 		return nil, false
 	}
 	inner := value[1 : len(value)-1]
-	for _, c := range inner {
-		if c == '\\' {
-			return unquote(nil, inner)
-		}
+	if bytes.IndexByte(inner, '\\') >= 0 {
+		return unquote(nil, inner)
 	}
 	return inner, true
 }
@@ -324,23 +323,28 @@ func slowInt(value []byte, neg bool, digits int) (int64, bool) {
 // AppendQuoted appends s as a JSON string. Bytes that are not UTF-8 become U+FFFD; U+2028 and
 // U+2029 are escaped, for pages that evaluate JSON as JavaScript.
 func AppendQuoted[T string | []byte](dst []byte, s T) []byte {
-	const hex = "0123456789abcdef"
+	switch s := any(s).(type) {
+	case string:
+		return appendQuoted(dst, view(s))
+	case []byte:
+		return appendQuoted(dst, s)
+	}
+	return dst // there is no third type
+}
+
+func appendQuoted(dst, s []byte) []byte {
 	dst = append(dst, '"')
 	start := 0
-	for i := 0; i < len(s); {
+	for i := skipASCII(s, 0); i < len(s); i = skipASCII(s, i) {
 		c := s[i]
-		if c >= 0x20 && c < utf8.RuneSelf && c != '"' && c != '\\' {
-			i++
-			continue
-		}
 		if c >= utf8.RuneSelf {
-			r, size := utf8.DecodeRuneInString(string(s[i:min(i+utf8.UTFMax, len(s))]))
+			r, size := utf8.DecodeRune(s[i:])
 			switch {
 			case r == utf8.RuneError && size == 1:
 				dst = append(append(dst, s[start:i]...), `\ufffd`...)
 			case r == 0x2028 || r == 0x2029:
 				dst = append(append(dst, s[start:i]...), `\u202`...)
-				dst = append(dst, hex[r&15])
+				dst = append(dst, hexDigits[r&15])
 			default:
 				i += size
 				continue
@@ -360,7 +364,7 @@ func AppendQuoted[T string | []byte](dst []byte, s T) []byte {
 		case '\t':
 			dst = append(dst, '\\', 't')
 		default:
-			dst = append(dst, '\\', 'u', '0', '0', hex[c>>4], hex[c&15])
+			dst = append(dst, '\\', 'u', '0', '0', hexDigits[c>>4], hexDigits[c&15])
 		}
 		i++
 		start = i

@@ -74,10 +74,11 @@ func ParseSessionName(name string, nonce uint64) (id SessionID, ok bool) {
 }
 
 func appendBase32(dst []byte, v uint64) []byte {
-	for shift := 60; shift >= 0; shift -= 5 {
-		dst = append(dst, nameAlphabet[v>>shift&31])
+	var text [nameHalf]byte
+	for i := range text {
+		text[i] = nameAlphabet[v>>(60-5*i)&31]
 	}
-	return dst
+	return append(dst, text[:]...)
 }
 
 func parseBase32(s string) (v uint64, ok bool) {

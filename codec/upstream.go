@@ -2,15 +2,10 @@ package codec
 
 import (
 	crand "crypto/rand"
-	"encoding/binary"
-	"encoding/hex"
-	"io"
 	"math/rand/v2"
 	"slices"
 	"strconv"
 	"sync"
-
-	"github.com/oklog/ulid/v2"
 )
 
 const (
@@ -28,21 +23,17 @@ var records = sync.Pool{New: func() any { return new(Upstream) }}
 type Builder struct {
 	gateway []byte // quoted
 	nonce   uint64
-	random  *rand.ChaCha8
-	ulids   io.Reader
-	lastMS  int64
+	ulids   ulidSource
 }
 
 // NewBuilder returns a Builder for the gateway; nonce is the one of its session names.
 func NewBuilder(gatewayID string, nonce uint64) *Builder {
 	var seed [32]byte
 	_, _ = crand.Read(seed[:]) // never fails, says crypto/rand
-	random := rand.NewChaCha8(seed)
 	return &Builder{
 		gateway: AppendQuoted(nil, gatewayID),
 		nonce:   nonce,
-		random:  random,
-		ulids:   ulid.Monotonic(random, 0),
+		ulids:   ulidSource{random: rand.NewChaCha8(seed)},
 	}
 }
 
@@ -55,7 +46,7 @@ func (b *Builder) Build(m *ClientMessage, user string, id SessionID, now int64) 
 
 	buf = append(buf, `{"message_id":"`...)
 	idStart := len(buf)
-	buf = b.appendULID(buf, now)
+	buf = b.ulids.append(buf, now)
 	idEnd := len(buf)
 	buf = append(buf, `","trace_id":"`...)
 	traceStart := len(buf)
@@ -111,26 +102,8 @@ func (b *Builder) Build(m *ClientMessage, user string, id SessionID, now int64) 
 	return u
 }
 
-// appendULID never goes back: a clock that does keeps the last time.
-func (b *Builder) appendULID(dst []byte, now int64) []byte {
-	b.lastMS = max(b.lastMS, now)
-	id, err := ulid.New(uint64(b.lastMS), b.ulids)
-	for err != nil { // 2^80 ids within one millisecond
-		b.lastMS++
-		id, err = ulid.New(uint64(b.lastMS), b.ulids)
-	}
-	n := len(dst)
-	dst = append(dst, make([]byte, ulid.EncodedSize)...)
-	_ = id.MarshalTextTo(dst[n:]) // the size is right
-	return dst
-}
-
 // appendHex appends 16 random hex digits, not all zero.
-func (b *Builder) appendHex(dst []byte) []byte {
-	var raw [8]byte
-	binary.BigEndian.PutUint64(raw[:], b.random.Uint64()|1)
-	return hex.AppendEncode(dst, raw[:])
-}
+func (b *Builder) appendHex(dst []byte) []byte { return appendHex64(dst, b.ulids.random.Uint64()|1) }
 
 // Release gives the record back to the pool. Nobody may hold it, or a slice of it, afterwards.
 func (u *Upstream) Release() {
