@@ -8,6 +8,7 @@ import (
 
 	"github.com/IBM/sarama"
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/rcrowley/go-metrics"
 	"github.com/rs/zerolog"
 )
 
@@ -182,6 +183,9 @@ func setDefault[T comparable](v *T, d T) {
 		*v = d
 	}
 }
+
+// sarama's own metrics are not exported, and cost each request a few histograms.
+func init() { metrics.UseNilMetrics = true }
 
 // config is what all sarama clients of the package have in common.
 func (o *Options) config(l *link) *sarama.Config {

@@ -36,7 +36,7 @@ type Config struct {
 type HTTP struct {
 	// The public listener, WebSocket and HTTP API alike.
 	Addr string `koanf:"addr" check:"listen" required:"true"`
-	// Event loops, which own the connections. 0: one per core. Cost: a goroutine and 64 KiB each;
+	// Event loops, which own the connections. 0: half the cores. Cost: a goroutine and 64 KiB each;
 	// more than the cores only adds wake-ups.
 	Loops int `koanf:"loops" range:"0..256"`
 	// The web origins that browsers may call the HTTP API from; * stands for every origin. Empty:
@@ -245,7 +245,7 @@ type Admin struct {
 
 // Shard is the session registry.
 type Shard struct {
-	// Shards, each one goroutine that owns the sessions of its users. 0: one per core.
+	// Shards, each one goroutine that owns the sessions of its users. 0: half the cores.
 	Count int `koanf:"count" range:"0..256"`
 }
 

@@ -30,7 +30,7 @@ const (
 	DefaultMaxInFlightBytes      = 64 << 20
 	DefaultFlushMessages         = 200
 	DefaultFlushBytes            = 64 << 10
-	DefaultFlushInterval         = 5 * time.Millisecond
+	DefaultFlushInterval         = 10 * time.Millisecond
 	DefaultAckDeadline           = 10 * time.Second
 	DefaultStartGrace            = 5 * time.Second
 
