@@ -13,7 +13,7 @@ const tickLength = 100 * time.Millisecond
 // other work has its turn; what is left is carried on with at once.
 const (
 	tickWork = 2048
-	tickTime = time.Millisecond
+	tickTime = time.Millisecond / 2
 )
 
 // Sessions are touched, and the clock is read, once for so many that are due.

@@ -10,9 +10,9 @@ type Result struct {
 	BytesPerSession float64       `json:"bytes_per_session"`       // live heap, all sessions open, less that of none
 	Memory          []MemoryPoint `json:"memory"`
 
-	NsPerMessage float64 `json:"ns_per_message"` // Stage.CPU of "messages"
-	NsPerPush    float64 `json:"ns_per_push"`    // Stage.CPU of "pushes"
-	NsPerTarget  float64 `json:"ns_per_target"`  // Stage.CPU of "fanout"
+	NsPerMessage float64 `json:"ns_per_message"` // Stage.Busy of "messages"
+	NsPerPush    float64 `json:"ns_per_push"`    // Stage.Busy of "pushes"
+	NsPerTarget  float64 `json:"ns_per_target"`  // Stage.Busy of "fanout"
 
 	// How long what was due held a shard at a time, in all stages after the sessions were open. Both
 	// are the upper ends of buckets that are a tenth wide; a thread that was not running counts too.
@@ -34,13 +34,17 @@ type MemoryPoint struct {
 
 // Stage is one part of a run. Times are ns per item, an item being a session opened, a message, or a
 // target; counts are per item as well.
+//
+// Busy is what an item costs a shard from waking up to going back to sleep, records and sessions being
+// in other caches or in none; the time that a thread was kept from running counts, so a busy machine
+// makes it larger, never smaller. CPU has beside that what waking up costs, and the collector.
 type Stage struct {
 	Name      string  `json:"name"`
 	Items     int64   `json:"items"`
 	Seconds   float64 `json:"seconds"`
-	CPU       float64 `json:"cpu_ns"`       // of the process less the generator's thread: shards, scheduler, collector
 	Busy      float64 `json:"busy_ns"`      // of the shards by their own clock
-	Generator float64 `json:"generator_ns"` // CPU of the generator's thread
+	CPU       float64 `json:"cpu_ns"`       // of the process less the generator's thread
+	Generator float64 `json:"generator_ns"` // CPU of the generator's thread, which waits by spinning
 	Rounds    float64 `json:"rounds"`       // of the shards: how often one woke up, or went round
 	Batches   float64 `json:"batches"`      // handed to event loops: each is a task and an eventfd write
 	Allocs    float64 `json:"allocs"`       // of the process
