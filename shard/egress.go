@@ -10,7 +10,7 @@ import (
 type outbox struct {
 	fill       *codec.EgressBatch
 	deliveries bool // fill carries some
-	spare      *codec.EgressBatch
+	spare      [2]*codec.EgressBatch // with fill and sent never more than two
 	sent       *codec.EgressBatch // with the loop; nil: none is
 
 	// A batch that has come back waits here until the shard's next round. The shard is only woken for
@@ -29,7 +29,7 @@ const (
 func (s *shard) box(ses *session) *codec.EgressBatch {
 	o := &s.out[ses.id.Loop()]
 	if o.fill == nil {
-		o.fill, o.spare = o.spare, nil
+		o.fill, o.spare[0], o.spare[1] = o.spare[0], o.spare[1], nil
 		if o.fill == nil {
 			o.fill = &codec.EgressBatch{Shard: s.index, Loop: ses.id.Loop()}
 		}
@@ -163,7 +163,7 @@ func (s *shard) onReturn(b *codec.EgressBatch) {
 		return
 	}
 	b.Reset()
-	o.spare = b
+	o.spare[0], o.spare[1] = b, o.spare[0]
 }
 
 func (s *shard) onOutcome(c *codec.Command) {
