@@ -9,9 +9,9 @@ import (
 // outbox gathers the commands for one event loop while its last batch is under way.
 type outbox struct {
 	fill       *codec.EgressBatch
-	deliveries bool // fill carries some
+	deliveries bool                  // fill carries some
 	spare      [2]*codec.EgressBatch // with fill and sent never more than two
-	sent       *codec.EgressBatch // with the loop; nil: none is
+	sent       *codec.EgressBatch    // with the loop; nil: none is
 
 	// A batch that has come back waits here until the shard's next round. The shard is only woken for
 	// it if somebody waits: the consumer for how deliveries ended, or the next batch for this loop.

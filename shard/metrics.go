@@ -141,19 +141,23 @@ type counts struct {
 // flushCounts goes before anything is handed on that others could have counted themselves.
 func (s *shard) flushCounts() {
 	c, m := &s.counts, s.metrics
-	if *c == (counts{}) {
-		return
+	if c.inFlight != 0 {
+		m.inFlight.Add(int64(c.inFlight))
+		c.inFlight = 0
 	}
-	m.stored.Add(float64(c.stored))
-	m.late.Add(float64(c.late))
-	m.inFlight.Add(int64(c.inFlight))
-	m.heartbeats.Add(float64(c.heartbeats))
-	for end, n := range c.ends {
-		if n > 0 {
-			m.ends[end].Add(float64(n))
-		}
+	add(m.stored, &c.stored)
+	add(m.late, &c.late)
+	add(m.heartbeats, &c.heartbeats)
+	for end := range c.ends {
+		add(m.ends[end], &c.ends[end])
 	}
-	*c = counts{}
+}
+
+func add(c prometheus.Counter, n *int) {
+	if *n != 0 {
+		c.Add(float64(*n))
+		*n = 0
+	}
 }
 
 // value reads a counter.
