@@ -15,7 +15,7 @@ func TestDependencies(t *testing.T) {
 		"transport": {"codec"},
 		"shard":     {"codec"},
 		"broker":    {"codec"},
-		"bench":     {"codec"},
+		"bench":     {"codec", "bench"},
 		"engine":    {"codec", "transport", "shard", "broker", "registry"},
 	}
 	for pkg, may := range allowed {

@@ -21,8 +21,8 @@ import (
 const (
 	gcRoomMin  = 6 << 20
 	gcRoomLive = 1                      // most, as a multiple of the live heap
-	gcFast     = 100 * time.Millisecond // between collections: the room doubles
-	gcSlow     = 500 * time.Millisecond // the room halves
+	gcFast     = 80 * time.Millisecond  // between collections: the room doubles
+	gcSlow     = 200 * time.Millisecond // the room halves
 )
 
 // gcPacer sets GOGC after each collection so that the next one comes when the heap has grown by

@@ -54,7 +54,7 @@ type PeerKick struct {
 // here the other gateway finds out at its next refresh of the user's presence.
 type Peers struct {
 	o       PeersOptions
-	queues  []chan PeerKick // never closed; one per worker, chosen by the gateway's id
+	queues  []chan *PeerKick // never closed; one per worker, chosen by the gateway's id
 	sent    prometheus.Counter
 	full    prometheus.Counter
 	unknown prometheus.Counter
@@ -88,7 +88,7 @@ func NewPeers(o PeersOptions) (*Peers, error) {
 		trouble: o.Logger.Sample(&zerolog.BurstSampler{Burst: 5, Period: time.Second}),
 	}
 	for range o.Workers {
-		p.queues = append(p.queues, make(chan PeerKick, o.Queue))
+		p.queues = append(p.queues, make(chan *PeerKick, o.Queue))
 	}
 	waiting := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "im_gateway_peer_kicks_waiting",
@@ -112,7 +112,7 @@ func NewPeers(o PeersOptions) (*Peers, error) {
 // because the queue is full. Kicks for one gateway are sent in their order.
 func (p *Peers) Kick(k PeerKick) bool {
 	select {
-	case p.queues[xxhash.Sum64String(k.GatewayID)%uint64(len(p.queues))] <- k:
+	case p.queues[xxhash.Sum64String(k.GatewayID)%uint64(len(p.queues))] <- &k:
 		return true
 	default:
 		p.full.Inc()
@@ -143,14 +143,14 @@ type peerConn struct {
 	used time.Time
 }
 
-func (w *peerWorker) run(ctx context.Context, queue <-chan PeerKick) {
+func (w *peerWorker) run(ctx context.Context, queue <-chan *PeerKick) {
 	sweep := time.NewTicker(max(w.p.o.Idle/2, time.Millisecond))
 	defer sweep.Stop()
 	defer w.closeUnused(time.Time{})
 	for ctx.Err() == nil {
 		select {
 		case k := <-queue:
-			w.send(ctx, k)
+			w.send(ctx, *k)
 		case now := <-sweep.C:
 			w.closeUnused(now.Add(-w.p.o.Idle))
 		case <-ctx.Done():

@@ -15,6 +15,8 @@ const (
 	// redisSilence is how long a connection may leave a write or a ping unanswered before it counts as
 	// dead.
 	redisSilence = 5 * time.Second
+	// redisBuffer is what a connection holds either way, in bytes.
+	redisBuffer = 64 << 10
 	// sentinelRefresh is how often the Sentinels are asked for the master, should the word of a failover
 	// get lost.
 	sentinelRefresh = 5 * time.Second
@@ -44,6 +46,8 @@ func DialRedis(o RedisOptions) (rueidis.Client, error) {
 		ForceSingleClient: !o.Cluster && o.SentinelMaster == "",
 		Dialer:            dialer,
 		ConnWriteTimeout:  redisSilence,
+		// The default of half a megabyte each is for values far larger than ours.
+		ReadBufferEachConn: redisBuffer, WriteBufferEachConn: redisBuffer,
 		// One pipelined connection keeps the order of a user's operations.
 		PipelineMultiplex: -1,
 		// What failed is tried again by the caller, with its newest state.
