@@ -51,7 +51,7 @@ func (s *shard) flushPresence() {
 		return // offered again at the next round, a tick away at the most
 	}
 	s.outstanding += n
-	s.ops = nil
+	s.ops = make([]PresenceOp, 0, min(n, maxKeptNotes)) // the next tick is likely to have as many
 }
 
 func (s *shard) onPresence(results []PresenceResult) {
