@@ -110,7 +110,8 @@ type Kafka struct {
 	// Refuse to start when a topic has fewer than 3 replicas or min.insync.replicas below 2, rather
 	// than warn.
 	Strict bool `koanf:"strict"`
-	// Partitions of a downstream topic that the gateway creates.
+	// Partitions of a downstream topic that the gateway creates. One gateway reads them all: more
+	// than one spreads a topic over brokers and makes smaller batches.
 	DownstreamPartitions int `koanf:"downstream_partitions" range:"1..1024"`
 	// Replicas of a downstream topic that the gateway creates. 0: the brokers' default.
 	DownstreamReplication int `koanf:"downstream_replication" range:"0..16"`

@@ -23,7 +23,7 @@ const (
 	DefaultUndeliveredTopic      = "im-undelivered-topic"
 	DefaultDeadletterTopic       = "im-deadletter-topic"
 	DefaultUserEventsTopic       = "im-user-events-topic"
-	DefaultDownstreamPartitions  = 4
+	DefaultDownstreamPartitions  = 1
 	DefaultDownstreamRetention   = 24 * time.Hour
 	DefaultSharedPartitions      = 16
 	DefaultMaxInFlightRecords    = 65536

@@ -109,7 +109,7 @@ func (e *env) gateway(ctx context.Context, n int) (*server, error) {
 	return e.start(ctx, answers("http://"+addr[1]+"/readyz"), "ws://"+addr[0]+"/ws", []string{
 		"IM_GATEWAY_ID=bench-" + strconv.Itoa(n), "IM_HTTP_ADDR=" + addr[0], "IM_ADMIN_ADDR=" + addr[1], "IM_GRPC_ADDR=" + addr[2],
 		"IM_AUTH_HS256_SECRET=" + e.secret, "IM_KAFKA_BROKERS=" + e.kafka.Broker, "IM_KAFKA_CREATE_SHARED_TOPICS=true",
-		"IM_KAFKA_START_GRACE=0s", "IM_REDIS_ADDRS=" + e.redis.Addr, "IM_ETCD_ENDPOINTS=" + e.etcd.Endpoint,
+		"IM_KAFKA_START_GRACE=0s", "IM_KAFKA_SHARED_PARTITIONS=4", "IM_REDIS_ADDRS=" + e.redis.Addr, "IM_ETCD_ENDPOINTS=" + e.etcd.Endpoint,
 		"IM_LOG_LEVEL=warn", "IM_DRAIN_WINDOW=0s",
 	}, "im-gateway")
 }
@@ -124,7 +124,8 @@ func (e *env) seed(ctx context.Context) (*server, error) {
 		return nil, err
 	}
 	return e.start(ctx, answers("http://"+admin+"/readyz"), "ws://"+addr+"/ws", nil, "peers/seed",
-		"-addr", addr, "-admin", admin, "-gateway-id", "seed-1", "-secret", e.secret, "-kafka", e.kafka.Broker, "-redis", e.redis.Addr)
+		"-addr", addr, "-admin", admin, "-gateway-id", "seed-1", "-secret", e.secret, "-kafka", e.kafka.Broker, "-redis", e.redis.Addr,
+		"-upstream-partitions", "4", "-downstream-partitions", "1")
 }
 
 func (e *env) echo(ctx context.Context, name string, args ...string) (*server, error) {
