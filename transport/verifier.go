@@ -8,16 +8,18 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/base64"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
+	"strings"
 	"time"
+	"unsafe"
 
 	"github.com/lestrrat-go/jwx/v2/jwa"
 	"github.com/lestrrat-go/jwx/v2/jws"
-	"github.com/lestrrat-go/jwx/v2/jwt"
+	"github.com/tidwall/gjson"
 
 	"im-gateway/codec"
 )
@@ -32,7 +34,7 @@ var (
 // Bounds of what is taken.
 const (
 	maxTokenBytes = 8 << 10
-	maxExpiryYear = 9999
+	maxExpiry     = 253402300800 // the year 10000, Unix seconds
 )
 
 // VerifierOptions say which tokens are good.
@@ -57,8 +59,8 @@ type Identity struct {
 type Verifier struct {
 	o         VerifierOptions
 	algorithm jwa.SignatureAlgorithm
+	signature jws.Verifier
 	keys      []any
-	validate  []jwt.ValidateOption
 }
 
 // NewVerifier validates the options.
@@ -89,15 +91,9 @@ func NewVerifier(o VerifierOptions) (*Verifier, error) {
 	default:
 		return nil, fmt.Errorf("tokens by %q: the algorithm must be HS256, HS384, HS512, RS256, ES256 or EdDSA", o.Algorithm)
 	}
-	v.validate = []jwt.ValidateOption{
-		jwt.WithAcceptableSkew(o.Leeway), jwt.WithClock(jwt.ClockFunc(o.Now)),
-		jwt.WithRequiredClaim(jwt.ExpirationKey),
-	}
-	if o.Issuer != "" {
-		v.validate = append(v.validate, jwt.WithIssuer(o.Issuer))
-	}
-	if o.Audience != "" {
-		v.validate = append(v.validate, jwt.WithAudience(o.Audience))
+	var err error
+	if v.signature, err = jws.NewVerifier(v.algorithm); err != nil {
+		return nil, fmt.Errorf("tokens by %s: %w", o.Algorithm, err)
 	}
 	return v, nil
 }
@@ -144,68 +140,159 @@ func (v *Verifier) Slow() bool {
 }
 
 // Verify checks a token. The error is ErrTokenMissing, ErrTokenExpired or ErrTokenRefused.
+//
+// Only the signature is jwx's to check: its tokens are maps, which cost more than all the rest of
+// a connect.
 func (v *Verifier) Verify(token []byte) (Identity, error) {
 	if len(token) == 0 {
 		return Identity{}, ErrTokenMissing
 	}
-	if len(token) > maxTokenBytes || !v.acceptable(token) {
+	header, rest, _ := bytes.Cut(token, dot)
+	payload, signature, ok := bytes.Cut(rest, dot)
+	if !ok || len(token) > maxTokenBytes {
 		return Identity{}, ErrTokenRefused
 	}
-	payload, ok := v.signed(token)
-	if !ok {
+	buf := make([]byte, 0, len(token))
+	if buf, ok = decode(buf, header); !ok || !v.acceptable(buf) {
 		return Identity{}, ErrTokenRefused
 	}
-	t := jwt.New()
-	if err := json.Unmarshal(payload, t); err != nil {
+	if buf, ok = decode(buf, signature); !ok || !v.signed(token[:len(token)-len(signature)-1], buf) {
 		return Identity{}, ErrTokenRefused
 	}
-	switch err := jwt.Validate(t, v.validate...); {
-	case errors.Is(err, jwt.ErrTokenExpired()):
-		return Identity{}, ErrTokenExpired
-	case err != nil:
+	if buf, ok = decode(buf, payload); !ok {
 		return Identity{}, ErrTokenRefused
 	}
-	user := t.Subject()
-	if claim, ok := t.Get("user_id"); ok {
-		if user, ok = claim.(string); !ok {
-			return Identity{}, ErrTokenRefused
-		}
-	}
-	expires := t.Expiration()
-	if !codec.ValidName(user) || expires.Year() > maxExpiryYear {
+	var c claims
+	if !c.read(buf) {
 		return Identity{}, ErrTokenRefused
 	}
-	return Identity{User: user, ExpiresAt: expires.Add(v.o.Leeway).UnixMilli()}, nil
+	return v.identify(&c)
 }
 
-// acceptable tells whether the token is of the compact form and its header names the algorithm in
-// use. The header decides nothing: one that names another algorithm, or extensions that must be
-// understood (RFC 7515, section 4.1.11), is refused.
-func (v *Verifier) acceptable(token []byte) bool {
-	header, rest, ok := bytes.Cut(token, []byte("."))
-	if !ok || bytes.Count(rest, []byte(".")) != 1 {
-		return false
+var dot = []byte(".")
+
+// decode replaces what is in buf, which has room, by the bytes that text stands for (RFC 7515,
+// section 2).
+func decode(buf, text []byte) ([]byte, bool) {
+	if bytes.ContainsAny(text, "\r\n") { // the decoder would skip them
+		return nil, false
 	}
-	raw := make([]byte, base64.RawURLEncoding.DecodedLen(len(header)))
-	n, err := base64.RawURLEncoding.Decode(raw, header)
-	if err != nil {
-		return false
-	}
-	var named struct {
-		Algorithm string          `json:"alg"`
-		Critical  json.RawMessage `json:"crit"`
-	}
-	return json.Unmarshal(raw[:n], &named) == nil && named.Algorithm == v.o.Algorithm && named.Critical == nil
+	n, err := base64.RawURLEncoding.Decode(buf[:cap(buf)], text)
+	return buf[:n], err == nil
 }
 
-// signed returns the payload of a token that one of the keys has signed.
-func (v *Verifier) signed(token []byte) (payload []byte, ok bool) {
+// parse views b as JSON; what it gives points into b. Only valid JSON, an object, is taken.
+func parse(b []byte) (o gjson.Result, ok bool) {
+	if !gjson.ValidBytes(b) {
+		return o, false
+	}
+	o = gjson.Parse(unsafe.String(unsafe.SliceData(b), len(b)))
+	return o, o.IsObject()
+}
+
+// acceptable tells whether a header names the algorithm in use. The header decides nothing: one that
+// names another algorithm, or extensions that must be understood (RFC 7515, section 4.1.11), is
+// refused.
+func (v *Verifier) acceptable(header []byte) bool {
+	o, ok := parse(header)
+	alg := ""
+	if ok {
+		o.ForEach(func(key, value gjson.Result) bool {
+			switch key.Str {
+			case "alg":
+				alg = value.Str
+			case "crit":
+				ok = false
+			}
+			return true
+		})
+	}
+	return ok && alg == v.o.Algorithm
+}
+
+// signed tells whether one of the keys has signed the input.
+func (v *Verifier) signed(input, signature []byte) bool {
 	for _, key := range v.keys {
-		if payload, err := jws.Verify(token, jws.WithKey(v.algorithm, key)); err == nil {
-			return payload, true
+		if v.signature.Verify(input, signature, key) == nil {
+			return true
 		}
 	}
-	return nil, false
+	return false
+}
+
+// claims are those of a token that count here (RFC 7519, section 4.1). The texts point into it.
+type claims struct {
+	user, subject, issuer string
+	named                 bool // user is set
+	expires, from, issued float64
+	expiring              bool
+	audience              gjson.Result
+}
+
+// read takes the claims; false: one that counts is of the wrong type. The last of a name counts.
+func (c *claims) read(payload []byte) bool {
+	o, ok := parse(payload)
+	if !ok {
+		return false
+	}
+	o.ForEach(func(key, value gjson.Result) bool {
+		right := true
+		switch key.Str {
+		case "user_id":
+			c.user, c.named, right = value.Str, true, value.Type == gjson.String
+		case "sub":
+			c.subject, right = value.Str, value.Type == gjson.String
+		case "iss":
+			c.issuer, right = value.Str, value.Type == gjson.String
+		case "aud":
+			c.audience = value
+		case "exp":
+			c.expires, c.expiring, right = value.Num, true, value.Type == gjson.Number
+		case "nbf":
+			c.from, right = value.Num, value.Type == gjson.Number
+		case "iat":
+			c.issued, right = value.Num, value.Type == gjson.Number
+		}
+		ok = ok && right
+		return ok
+	})
+	return ok
+}
+
+// meant tells whether the audience holds who (RFC 7519, section 4.1.3).
+func (c *claims) meant(who string) bool {
+	if c.audience.Type == gjson.String {
+		return c.audience.Str == who
+	}
+	for _, a := range c.audience.Array() {
+		if a.Type == gjson.String && a.Str == who {
+			return true
+		}
+	}
+	return false
+}
+
+// identify holds the claims against the options and the clock.
+func (v *Verifier) identify(c *claims) (Identity, error) {
+	now, leeway := float64(v.o.Now().Unix()), v.o.Leeway.Seconds()
+	switch {
+	case !c.expiring || c.expires < 0 || c.expires >= maxExpiry:
+		return Identity{}, ErrTokenRefused
+	case v.o.Issuer != "" && c.issuer != v.o.Issuer, v.o.Audience != "" && !c.meant(v.o.Audience):
+		return Identity{}, ErrTokenRefused
+	case now-leeway >= math.Floor(c.expires):
+		return Identity{}, ErrTokenExpired
+	case now+leeway < math.Floor(c.from), now+leeway < math.Floor(c.issued):
+		return Identity{}, ErrTokenRefused
+	}
+	user := c.subject
+	if c.named {
+		user = c.user
+	}
+	if !codec.ValidName(user) {
+		return Identity{}, ErrTokenRefused
+	}
+	return Identity{User: strings.Clone(user), ExpiresAt: int64(c.expires)*1000 + v.o.Leeway.Milliseconds()}, nil
 }
 
 // FromRequest returns who sends a request of the HTTP API, by its Authorization header.
