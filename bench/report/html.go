@@ -1,0 +1,172 @@
+package report
+
+import (
+	_ "embed"
+	"encoding/json"
+	"fmt"
+	"html/template"
+	"io"
+	"strings"
+)
+
+//go:embed page.html
+var page string
+
+//go:embed assets/uPlot.iife.min.js
+var uplotJS string
+
+//go:embed assets/uPlot.min.css
+var uplotCSS string
+
+var pageTemplate = template.Must(template.New("page").Funcs(template.FuncMap{
+	"number": number, "ms": ms, "mib": mib,
+	"visible": func(c Count) bool { return !strings.HasSuffix(c.Name, ", measured") },
+	"option":  func(v any) string { return fmt.Sprint(v) },
+	"cores":   func(p Process, seconds float64) string { return fmt.Sprintf("%.2f", p.CPUSeconds/seconds) },
+}).Parse(page))
+
+// WriteHTML writes one page that needs nothing else: the charts' library is in it.
+func WriteHTML(w io.Writer, s *Set) error {
+	charts, err := json.Marshal(chartsOf(s))
+	if err != nil {
+		return fmt.Errorf("charts: %w", err)
+	}
+	return pageTemplate.Execute(w, struct {
+		Runs   []*Report
+		JS     template.JS
+		CSS    template.CSS
+		Charts template.JS // JSON; the encoder escapes what could end the script
+	}{s.Runs, template.JS(uplotJS), template.CSS(uplotCSS), template.JS(charts)}) //nolint:gosec // our own files
+}
+
+// chart is one of the page's, as its script takes it. X and each series are of one length; nil: no
+// value there.
+type chart struct {
+	Title string    `json:"title"`
+	Kind  string    `json:"kind"` // "time" or "percentile"
+	Unit  string    `json:"unit"`
+	X     []float64 `json:"x"`
+	Lines []series  `json:"lines"`
+}
+
+type series struct {
+	Name string `json:"name"`
+	Y    []any  `json:"y"`
+}
+
+func chartsOf(s *Set) []chart {
+	charts := []chart{percentiles(s)}
+	for i, r := range s.Runs {
+		suffix := ""
+		if len(s.Runs) > 1 {
+			suffix = fmt.Sprintf(" (run %d: %s)", i+1, r.Title())
+		}
+		charts = append(charts, r.latencyOverTime(suffix), r.throughput(suffix), r.processes("CPU, cores"+suffix, "cores", func(p ProcSample) float64 { return p.CPU }),
+			r.processes("memory, MiB"+suffix, "MiB", func(p ProcSample) float64 { return mib(p.RSS) }))
+	}
+	shown := charts[:0]
+	for _, c := range charts {
+		if len(c.Lines) > 0 && len(c.X) > 1 {
+			shown = append(shown, c)
+		}
+	}
+	return shown
+}
+
+// percentiles is one line for each run and latency, over 1/(1-q).
+func percentiles(s *Set) chart {
+	c := chart{Title: "latency by percentile", Kind: "percentile", Unit: "ms"}
+	for x := 1.0; x <= 10000; x *= 1.12 {
+		c.X = append(c.X, x)
+	}
+	for i, r := range s.Runs {
+		for _, l := range r.Latency {
+			h, err := l.Histogram()
+			if err != nil || h.TotalCount() == 0 {
+				continue
+			}
+			line := series{Name: l.Name}
+			if len(s.Runs) > 1 {
+				line.Name = fmt.Sprintf("%d: %s %s", i+1, r.Label, l.Name)
+			}
+			for _, x := range c.X {
+				if x > float64(h.TotalCount()) { // one sample says nothing of what is above it
+					line.Y = append(line.Y, nil)
+					continue
+				}
+				line.Y = append(line.Y, float64(h.ValueAtQuantile(100*(1-1/x)))/1000)
+			}
+			c.Lines = append(c.Lines, line)
+		}
+	}
+	return c
+}
+
+func (r *Report) seconds() []float64 {
+	x := make([]float64, len(r.Series))
+	for i, p := range r.Series {
+		x[i] = p.T
+	}
+	return x
+}
+
+func (r *Report) line(name string, of func(Point) map[string]float64, key string, scale float64) series {
+	s := series{Name: name}
+	for _, p := range r.Series {
+		if v, ok := of(p)[key]; ok {
+			s.Y = append(s.Y, v*scale)
+		} else {
+			s.Y = append(s.Y, nil)
+		}
+	}
+	return s
+}
+
+func (r *Report) latencyOverTime(suffix string) chart {
+	c := chart{Title: "latency, ms" + suffix, Kind: "time", Unit: "ms", X: r.seconds()}
+	var all []map[string]float64
+	for _, p := range r.Series {
+		all = append(all, p.P50)
+	}
+	for _, n := range names(all...) {
+		c.Lines = append(c.Lines,
+			r.line(n+" p50", func(p Point) map[string]float64 { return p.P50 }, n, 0.001),
+			r.line(n+" p99", func(p Point) map[string]float64 { return p.P99 }, n, 0.001))
+	}
+	return c
+}
+
+func (r *Report) throughput(suffix string) chart {
+	c := chart{Title: "events per second" + suffix, Kind: "time", Unit: "/s", X: r.seconds()}
+	var all []map[string]float64
+	for _, p := range r.Series {
+		all = append(all, p.Rates)
+	}
+	for _, n := range names(all...) {
+		if r.Count(n) > 0 {
+			c.Lines = append(c.Lines, r.line(n, func(p Point) map[string]float64 { return p.Rates }, n, 1))
+		}
+	}
+	return c
+}
+
+func (r *Report) processes(title, unit string, of func(ProcSample) float64) chart {
+	c := chart{Title: title, Kind: "time", Unit: unit}
+	for _, p := range append(append([]Process(nil), r.Servers...), r.Clients...) {
+		if c.X == nil {
+			for _, s := range p.Samples {
+				c.X = append(c.X, s.T)
+			}
+		}
+		line := series{Name: p.Name}
+		for i := range c.X { // all are sampled together
+			if i < len(p.Samples) {
+				line.Y = append(line.Y, of(p.Samples[i]))
+			} else {
+				line.Y = append(line.Y, nil)
+			}
+		}
+		c.Lines = append(c.Lines, line)
+	}
+	return c
+}
