@@ -13,13 +13,12 @@ func init() {
 // churn lets users leave and come back at once, at the rate of the run. In a soak they are the
 // last tenth of the users, who do not chat.
 type churn struct {
-	r      *run
-	m      *meter
-	first  int // of the users that come and go
-	every  int64
-	left   *track
-	away   int64
-	failed int64
+	r     *run
+	m     *meter
+	first int // of the users that come and go
+	every int64
+	left  *track
+	away  int64
 }
 
 var errLeft = errors.New("the bench left")

@@ -34,7 +34,7 @@ func runConnect(ctx context.Context, r *run) ([]*report.Report, error) {
 			return nil, err
 		}
 	}
-	r.phase("load")
+	r.phase(phaseLoad)
 	start := time.Now()
 	r.f.DoWait(func() {
 		r.newMeter(start)
@@ -84,11 +84,13 @@ func runIdle(ctx context.Context, r *run) ([]*report.Report, error) {
 			return nil, ctx.Err()
 		}
 		if r.hooks.Rested != nil {
-			r.hooks.Rested(n)
+			if err := r.hooks.Rested(n); err != nil {
+				return nil, err
+			}
 		}
 		steps = append(steps, n)
 	}
-	r.phase("load")
+	r.phase(phaseLoad)
 	begin := time.Now()
 	r.f.DoWait(func() {
 		r.newMeter(begin)

@@ -92,7 +92,7 @@ func runDrain(ctx context.Context, r *run) ([]*report.Report, error) {
 			return nil, err
 		}
 	}
-	r.phase("load")
+	r.phase(phaseLoad)
 	start := time.Now()
 	sc := r.sc.(*drain)
 	r.f.DoWait(func() {

@@ -21,7 +21,6 @@ type meter struct {
 	from, to int64     // the measured time, Unix ns
 	names    []string
 	tracks   map[string]*track
-	second   int
 	series   []report.Point
 }
 

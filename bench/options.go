@@ -61,6 +61,12 @@ func DefaultOptions() Options {
 // maxUsers leaves room for other files under a limit of 20,000.
 const maxUsers = 18_000
 
+// Check tells, for a person, what is wrong with the options of a run by n processes.
+func (o Options) Check(n int) error {
+	o.Users = (o.Users + n - 1) / n
+	return o.validate()
+}
+
 func (o *Options) validate() error {
 	if o.Run == "" {
 		var b [4]byte
@@ -77,7 +83,7 @@ func (o *Options) validate() error {
 		}
 	}
 	check(len(o.URLs) > 0, "url: give at least one")
-	check(o.Users >= 1 && o.Users <= maxUsers, fmt.Sprintf("users: 1 to %d in one process; use more processes for more", maxUsers))
+	check(o.Users >= 1 && o.Users <= maxUsers, fmt.Sprintf("users: 1 to %d in one process; -processes makes room for more", maxUsers))
 	check(o.FirstUser >= 0, "first-user: not below 0")
 	check(o.Dialers >= 1 && o.Dialers <= 4096, "dialers: 1 to 4096")
 	check(o.ConnectRate >= 0, "connect-rate: not below 0")
@@ -98,21 +104,3 @@ func (o *Options) validate() error {
 
 // user is the name of the n-th user of this process.
 func (o *Options) user(n int) string { return fmt.Sprintf("%s%d", o.Prefix, o.FirstUser+n) }
-
-// index is the inverse of user.
-func (o *Options) index(name string) (int, bool) {
-	s, ok := strings.CutPrefix(name, o.Prefix)
-	if !ok || s == "" || len(s) > 9 {
-		return 0, false
-	}
-	n := 0
-	for i := range len(s) {
-		d := s[i] - '0'
-		if d > 9 {
-			return 0, false
-		}
-		n = n*10 + int(d)
-	}
-	n -= o.FirstUser
-	return n, n >= 0 && n < o.Users
-}

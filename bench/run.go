@@ -26,7 +26,7 @@ type Hooks struct {
 	Measured func(stage int)        // and ends
 	Progress func(p report.Point)   // every second of a stage
 	Connect  func(up int, want int) // every second while connecting
-	Rested   func(users int)        // idle: so many users are connected and at rest
+	Rested   func(users int) error  // idle: so many users are connected and at rest
 }
 
 // scenario is what a run does with its connected users. All methods but verify run on the loop.
@@ -170,7 +170,7 @@ func (r *run) standard(ctx context.Context) ([]*report.Report, error) {
 
 // connectAll connects users up to number n and waits for their `connected`.
 func (r *run) connectAll(ctx context.Context, n int) error {
-	r.phase("connect")
+	r.phase(phaseConnect)
 	start := time.Now()
 	from := 0
 	r.f.DoWait(func() {
@@ -249,7 +249,7 @@ func (r *run) stage(ctx context.Context, n int, rate Rate) (*report.Report, erro
 			return nil, err
 		}
 	}
-	r.phase("load")
+	r.phase(phaseLoad)
 	start := time.Now()
 	r.f.DoWait(func() {
 		r.newMeter(start)
@@ -259,12 +259,12 @@ func (r *run) stage(ctx context.Context, n int, rate Rate) (*report.Report, erro
 	if err := r.load(ctx, n, start, rate); err != nil {
 		return nil, err
 	}
-	r.phase("settle")
+	r.phase(phaseSettle)
 	left := r.settle(ctx)
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
-	r.phase("verify")
+	r.phase(phaseVerify)
 	more, err := r.sc.verify(ctx, r)
 	if err != nil {
 		return nil, fmt.Errorf("verify: %w", err)

@@ -21,6 +21,26 @@ type Tokens struct {
 	given []string
 }
 
+// TokenSource says where tokens come from: at most one of its fields is set.
+type TokenSource struct {
+	Secret string `json:"secret,omitempty"` // HS256
+	JWKS   string `json:"jwks,omitempty"`   // file with a private JWK set
+	File   string `json:"file,omitempty"`   // a token a line
+}
+
+// Open reads what the source names.
+func (s TokenSource) Open() (Tokens, error) {
+	switch {
+	case s.File != "":
+		return TokensFromFile(s.File)
+	case s.JWKS != "":
+		return TokensByJWKS(s.JWKS)
+	case s.Secret != "":
+		return TokensBySecret(s.Secret)
+	}
+	return Tokens{}, nil
+}
+
 const tokenLife = 24 * time.Hour
 
 // TokensBySecret signs with HS256.

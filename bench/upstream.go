@@ -15,12 +15,11 @@ func init() { scenarios["upstream"] = kind{make: func(r *run) scenario { return 
 
 // upstream sends messages from the users in turn and waits for their acks.
 type upstream struct {
-	r             *run
-	m             *meter
-	next          int
-	sent, acked   *track
-	late, unasked *track
-	conversation  []byte
+	r           *run
+	m           *meter
+	next        int
+	sent, acked *track
+	late        *track
 }
 
 func newUpstream(r *run) *upstream { return &upstream{r: r} }

@@ -2,6 +2,7 @@ package bench
 
 import (
 	"context"
+	"errors"
 	"os"
 	"strconv"
 	"time"
@@ -10,62 +11,80 @@ import (
 	"im-gateway/bench/report"
 )
 
-// Measure is Run with the servers' processes and this one watched, and the values worked out.
-// pids name the servers.
-func Measure(ctx context.Context, o Options, servers []string, pids []int, h Hooks) ([]*report.Report, error) {
-	s, err := procstat.Start(append(append([]string(nil), servers...), "im-bench"), append(append([]int(nil), pids...), os.Getpid()))
+// Servers are the processes to watch beside a run: the servers that are measured, by name.
+type Servers struct {
+	Names []string
+	PIDs  []int
+}
+
+// watcher looks at the processes of a run as its phases come and go.
+type watcher struct {
+	s       *procstat.Sampler
+	servers int
+	taken   [][]report.Process // by stage
+	rested  []report.Count
+	errs    []error
+}
+
+// watch begins with the servers and the bench's own processes.
+func watch(servers Servers, clients []int) (*watcher, error) {
+	names := append([]string(nil), servers.Names...)
+	for range clients {
+		names = append(names, "im-bench")
+	}
+	s, err := procstat.Start(names, append(append([]int(nil), servers.PIDs...), clients...))
 	if err != nil {
 		return nil, err
 	}
-	defer s.Stop()
-	phase, measure, measured := h.Phase, h.Measure, h.Measured
-	var taken [][]report.Process
+	return &watcher{s: s, servers: len(servers.PIDs)}, nil
+}
+
+func (w *watcher) measured() {
+	w.s.Unmark()
+	procs, err := w.s.Processes()
+	w.errs = append(w.errs, err)
+	w.taken = append(w.taken, procs)
+}
+
+func (w *watcher) rest(users int) {
+	rss, err := w.s.RSS(w.servers)
+	w.errs = append(w.errs, err)
+	if w.servers > 0 {
+		w.rested = append(w.rested, report.Count{Name: restedAt + strconv.Itoa(users), N: rss})
+	}
+}
+
+// finish completes the reports of the stages.
+func (w *watcher) finish(reports []*report.Report) error {
+	for i, r := range reports {
+		r.Counts = append(r.Counts, w.rested...)
+		if i < len(w.taken) {
+			r.Servers, r.Clients = w.taken[i][:w.servers], w.taken[i][w.servers:]
+		}
+		Values(r)
+	}
+	return errors.Join(w.errs...)
+}
+
+// Measure is Run with the servers' processes and this one watched, and the values worked out.
+func Measure(ctx context.Context, o Options, servers Servers, h Hooks) ([]*report.Report, error) {
+	w, err := watch(servers, []int{os.Getpid()})
+	if err != nil {
+		return nil, err
+	}
+	defer w.s.Stop()
+	phase := h.Phase
 	h.Phase = func(what string) {
-		if what == "load" {
-			s.Restart(time.Now())
+		if what == phaseLoad {
+			w.s.Restart(time.Now())
 		}
 		if phase != nil {
 			phase(what)
 		}
 	}
-	h.Measure = func(n int) {
-		s.Mark()
-		if measure != nil {
-			measure(n)
-		}
-	}
-	h.Measured = func(n int) {
-		s.Unmark()
-		procs, perr := s.Processes()
-		if perr != nil && err == nil {
-			err = perr
-		}
-		taken = append(taken, procs)
-		if measured != nil {
-			measured(n)
-		}
-	}
-	var rested []report.Count
-	h.Rested = func(users int) {
-		rss, rerr := s.RSS(len(pids))
-		if rerr != nil && err == nil {
-			err = rerr
-		}
-		rested = append(rested, report.Count{Name: restedAt + strconv.Itoa(users), N: rss})
-	}
-	reports, rerr := Run(ctx, o, h)
-	for i, r := range reports {
-		if len(pids) > 0 {
-			r.Counts = append(r.Counts, rested...)
-		}
-		if i < len(taken) {
-			k := len(taken[i]) - 1
-			r.Servers, r.Clients = taken[i][:k], taken[i][k:]
-		}
-		Values(r)
-	}
-	if rerr != nil {
-		return reports, rerr
-	}
-	return reports, err
+	h.Measure = func(int) { w.s.Mark() }
+	h.Measured = func(int) { w.measured() }
+	h.Rested = func(users int) error { w.rest(users); return nil }
+	reports, err := Run(ctx, o, h)
+	return reports, errors.Join(err, w.finish(reports))
 }

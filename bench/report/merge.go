@@ -48,9 +48,6 @@ func Merge(parts []*Report) (*Report, error) {
 	if users > 0 {
 		out.Options["users"] = int(users)
 	}
-	if len(parts) > 1 {
-		out.Options["client_processes"] = len(out.Clients)
-	}
 	for _, name := range m.order {
 		out.Latency = append(out.Latency, NewLatency(name, m.hists[name]))
 	}
@@ -114,6 +111,20 @@ func (m *merging) count(c Count) {
 		}
 	}
 	m.out.Counts = append(m.out.Counts, c)
+}
+
+// MergePoints is the sum of one second of several parts; nil ones are left out.
+func MergePoints(parts []*Point) Point {
+	m := merging{out: &Report{}}
+	for _, p := range parts {
+		if p != nil {
+			m.point(0, *p)
+		}
+	}
+	if len(m.out.Series) == 0 {
+		return Point{}
+	}
+	return m.out.Series[0]
 }
 
 // point adds the i-th second: parts begin together, so seconds are told by their place.

@@ -231,10 +231,8 @@ func (e *env) measure(ctx context.Context, m measure, s subject, file string) (m
 	for _, v := range set.Runs[0].Values {
 		values[v.Name] = v.Value
 	}
-	if counted != nil {
-		for name, n := range counted {
-			values[name] = n / m.rate
-		}
+	for name, n := range counted {
+		values[name] = n / m.rate
 	}
 	return values, nil
 }

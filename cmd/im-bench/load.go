@@ -7,8 +7,10 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"os/exec"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/pflag"
 
@@ -22,6 +24,9 @@ type flags struct {
 	urls, kafka, pids                 []string
 	secretFile, jwks, tokens, sources string
 	rate, size, group                 string
+	startAt                           string
+	processes                         int
+	source                            bench.TokenSource
 	json, csv, html                   string
 }
 
@@ -54,6 +59,8 @@ func (f *flags) register(fs *pflag.FlagSet, scenario string) {
 	fs.StringVar(&f.o.DownstreamPrefix, "downstream-prefix", o.DownstreamPrefix, "as the gateway's kafka.downstream_topic_prefix")
 	fs.StringSliceVar(&f.pids, "pid", nil, "server processes to watch, as in 4711 or gateway=4711")
 	fs.StringVar(&f.o.Label, "label", "", "who is measured, for the report")
+	fs.IntVar(&f.processes, "processes", 1, "client processes that share the users and the rate; one has one event loop")
+	fs.StringVar(&f.startAt, "start-at", "", "begin the load at this time (RFC 3339), so that several hosts begin together; merge their reports afterwards")
 	fs.StringVar(&f.json, "json", "", "write the report to this file as JSON; -: to stdout instead of text")
 	fs.StringVar(&f.csv, "csv", "", "write a row a second to this file")
 	fs.StringVar(&f.html, "html", "", "write a page with charts to this file")
@@ -73,7 +80,9 @@ func (f *flags) options() (o bench.Options, names []string, pids []int, err erro
 	errs = append(errs, err)
 	f.o.Sources, err = parseSources(f.sources)
 	errs = append(errs, err)
-	f.o.Tokens, err = f.readTokens()
+	f.source, err = f.tokenSource()
+	errs = append(errs, err)
+	f.o.Tokens, err = f.source.Open()
 	errs = append(errs, err)
 	for _, p := range f.pids {
 		name, num, named := strings.Cut(p, "=")
@@ -89,27 +98,23 @@ func (f *flags) options() (o bench.Options, names []string, pids []int, err erro
 	return f.o, names, pids, errors.Join(errs...)
 }
 
-func (f *flags) readTokens() (bench.Tokens, error) {
-	secret := os.Getenv("IM_AUTH_HS256_SECRET")
-	switch {
-	case f.tokens != "":
-		return bench.TokensFromFile(f.tokens)
-	case f.jwks != "":
-		return bench.TokensByJWKS(f.jwks)
-	case f.secretFile != "":
+func (f *flags) tokenSource() (bench.TokenSource, error) {
+	src := bench.TokenSource{File: f.tokens, JWKS: f.jwks}
+	if src != (bench.TokenSource{}) {
+		return src, nil
+	}
+	src.Secret = os.Getenv("IM_AUTH_HS256_SECRET")
+	if f.secretFile != "" {
 		b, err := os.ReadFile(f.secretFile)
 		if err != nil {
-			return bench.Tokens{}, fmt.Errorf("read the secret: %w", err)
+			return src, fmt.Errorf("read the secret: %w", err)
 		}
-		secret = strings.TrimSpace(string(b))
+		src.Secret = strings.TrimSpace(string(b))
 	}
-	if secret == "" && (f.o.Plain || f.o.Scenario == "echo-load") {
-		return bench.Tokens{}, nil
+	if src.Secret == "" && !f.o.Plain && f.o.Scenario != "echo-load" {
+		return src, errors.New("no tokens: give -secret-file, -jwks, -tokens or IM_AUTH_HS256_SECRET, to match the gateway's auth settings")
 	}
-	if secret == "" {
-		return bench.Tokens{}, errors.New("no tokens: give -secret-file, -jwks, -tokens or IM_AUTH_HS256_SECRET, to match the gateway's auth settings")
-	}
-	return bench.TokensBySecret(secret)
+	return src, nil
 }
 
 // parseSources reads "127.0.0.2", or "127.0.0.2-127.0.0.9", or a comma list of either.
@@ -143,10 +148,28 @@ func load(ctx context.Context, scenario string, args []string, stdout, stderr io
 		return err
 	}
 	o, names, pids, err := f.options()
+	if err == nil && (f.processes < 1 || f.processes > 64) {
+		err = errors.New("processes: 1 to 64")
+	}
+	var start time.Time
+	if err == nil && f.startAt != "" {
+		start, err = time.Parse(time.RFC3339, f.startAt)
+	}
+	if err == nil {
+		err = o.Check(f.processes)
+	}
 	if err != nil {
 		return usageError{err}
 	}
-	reports, err := bench.Measure(ctx, o, names, pids, progress(stderr))
+	h := progress(stderr, &o)
+	h.Ready = func() error { return waitUntil(ctx, start) }
+	servers := bench.Servers{Names: names, PIDs: pids}
+	var reports []*report.Report
+	if f.processes > 1 {
+		reports, err = bench.MeasureMany(ctx, o, f.source, f.processes, workerCommand, servers, h)
+	} else {
+		reports, err = bench.Measure(ctx, o, servers, h)
+	}
 	set := report.Set{Schema: 1, Runs: reports}
 	if werr := f.write(&set, stdout); err == nil {
 		err = werr
@@ -200,4 +223,25 @@ func toFile(name string, set *report.Set, write func(io.Writer, *report.Set) err
 		return fmt.Errorf("write the report %s: %w", name, err)
 	}
 	return nil
+}
+
+// waitUntil waits for the common start of several hosts.
+func waitUntil(ctx context.Context, start time.Time) error {
+	timer := time.NewTimer(time.Until(start))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// workerCommand starts this program as one of several client processes.
+func workerCommand(ctx context.Context) *exec.Cmd {
+	self, err := os.Executable()
+	if err != nil {
+		self = os.Args[0]
+	}
+	return exec.CommandContext(ctx, self, workerVerb)
 }

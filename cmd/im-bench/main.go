@@ -26,16 +26,32 @@ const (
 	exitUsage  = 2
 )
 
-const usage = `im-bench drives a gateway as its clients do, measures it and checks its promises.
+// workerVerb is for im-bench itself: a client process of several.
+const workerVerb = "worker"
 
-  im-bench echo     -addr 127.0.0.1:9001
-      the gateway's own WebSocket transport as a plain echo server, without tokens:
-      for conformance suites and for the cost of the transport alone
-  im-bench upstream -url ws://127.0.0.1:8080/ws -secret-file secret.txt -users 1000 -rate 10000
-      connects users and sends messages at a fixed rate; the latency of an ack counts
-      from the scheduled send time
-  im-bench SCENARIO -h
-      the flags of a scenario
+const usage = `im-bench drives a gateway as its clients and its im-logic do, measures it, and checks its
+promises while it does so. A broken promise is named, and the exit code is 1.
+
+Scenarios (im-bench SCENARIO -h for the flags):
+  connect     a storm of connects, with tokens:      -users 10000
+  idle        memory and heartbeats of idle users:   -users 18000 -pid PID
+  upstream    messages and their acks:               -users 10000 -rate 10000 -kafka BROKERS
+  downstream  records from Kafka to single users:    -users 10000 -rate 8000 -kafka BROKERS
+  fanout      records to groups of users:            -users 10000 -group 500 -rate 20 -kafka BROKERS
+  chat        both ways, in groups:                  -users 2000 -group 2-40 -rate 500..5000 -kafka BROKERS
+  churn       users leave and come back:             -users 5000 -rate 500
+  drain       a gateway ends, its users move on:     -url ws://A/ws,ws://B/ws -drain-pid PID
+  soak        chat and churn for long:               -users 5000 -rate 1000 -duration 8h -kafka BROKERS
+  echo-load   plain echo servers:                    -users 1000 -window 1 -url ws://HOST:PORT/
+  shards      the shard actors alone, no sockets:    -sessions 1000000
+
+A rate is kept whatever the server does: a latency counts from the time that the message was due.
+-window N keeps N messages outstanding per user instead, which finds the most that a server does.
+
+Also:
+  echo        the gateway's transport as a plain echo server, for conformance suites: -addr HOST:PORT
+  merge       one report of those of several hosts:  A.json B.json ...
+  compare     ratios of two sides, and which are noise:  A.json B.json
 `
 
 type usageError struct{ err error }
@@ -66,6 +82,14 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	switch args[0] {
 	case "echo":
 		return echo(ctx, args[1:], stdout, stderr)
+	case workerVerb:
+		return bench.Work(ctx, os.Stdin, stdout)
+	case "shards":
+		return runShards(ctx, args[1:], stdout, stderr)
+	case "merge":
+		return merge(args[1:], stdout, stderr)
+	case "compare":
+		return compare(args[1:], stdout, stderr)
 	case "-h", "--help", "help":
 		fmt.Fprint(stdout, usage)
 		return nil
@@ -77,8 +101,17 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return usageError{fmt.Errorf("unknown scenario %q", args[0])}
 }
 
-// parse reads flags written with one dash or two.
+// parse reads flags written with one dash or two, and nothing else.
 func parse(fs *pflag.FlagSet, args []string, stderr io.Writer) error {
+	rest, err := parseFiles(fs, args, stderr)
+	if err == nil && len(rest) > 0 {
+		err = usageError{fmt.Errorf("unexpected argument %q", rest[0])}
+	}
+	return err
+}
+
+// parseFiles is parse with arguments behind the flags.
+func parseFiles(fs *pflag.FlagSet, args []string, stderr io.Writer) ([]string, error) {
 	fs.SetOutput(stderr)
 	fs.SortFlags = false
 	long := make([]string, len(args))
@@ -90,14 +123,11 @@ func parse(fs *pflag.FlagSet, args []string, stderr io.Writer) error {
 	}
 	if err := fs.Parse(long); err != nil {
 		if errors.Is(err, pflag.ErrHelp) {
-			return err
+			return nil, err
 		}
-		return usageError{err}
+		return nil, usageError{err}
 	}
-	if fs.NArg() > 0 {
-		return usageError{fmt.Errorf("unexpected argument %q", fs.Arg(0))}
-	}
-	return nil
+	return fs.Args(), nil
 }
 
 func echo(ctx context.Context, args []string, stdout, stderr io.Writer) error {
