@@ -1,57 +1,90 @@
 // Package procstat watches what processes of this machine take while a run lasts.
+//
+// CPU time is that of the kernel's clock of the process: exact to the nanosecond, the threads that
+// have ended included. The two that offer themselves first are not: /proc/PID/stat cuts user and
+// system time to 10 ms each, which is much of a short window, and /proc/PID/task/*/schedstat
+// forgets a thread with all its time when it ends. What runs at the moment of reading counts up to
+// the last timer tick, 1 to 10 ms ago.
+//
+// Memory is the resident set of /proc/PID/stat, which may be up to 256 KiB behind on two cores: the
+// kernel adds each core's share up only now and then.
 package procstat
 
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"sync"
 	"time"
 
 	"github.com/prometheus/procfs"
+	"golang.org/x/sys/unix"
 
 	"im-gateway/bench/report"
 )
 
-// every is the time between samples. The kernel scales user and system time to the scheduler's
-// exact runtime, in steps of 10 ms.
-const every = 250 * time.Millisecond
+const (
+	every      = 250 * time.Millisecond // between looks
+	maxSamples = 4096                   // per process; a longer run keeps them half as dense
+)
 
-// Sampler watches processes from Start to Stop.
+// ErrEnded is returned when a process ended while it was watched.
+var ErrEnded = errors.New("the process has ended")
+
+// Sampler watches processes from Start to Stop. Its methods may be called from any goroutine.
 type Sampler struct {
-	start time.Time
-	stop  chan struct{}
-	done  chan struct{}
+	stop chan struct{}
+	once sync.Once
+	done chan struct{}
 
 	mu    sync.Mutex
+	start time.Time
 	procs []*watched
 }
 
+// watched is one process. A sampler's mutex guards it.
 type watched struct {
 	report.Process
 	proc     procfs.Proc
-	from, to float64 // CPU seconds at the marks
-	lastCPU  float64
-	lastAt   time.Time
+	born     uint64        // clock ticks since boot; tells it from another that got its pid
+	from     time.Duration // CPU time at Mark
+	cpu      time.Duration // CPU time at the last sample kept
+	at       time.Time     // of that sample
+	every    int           // looks to a sample that is kept
+	looks    int
 	measured bool
-	err      error
+	err      error // the first; nothing is read after it
 }
 
-// Start begins to watch the processes, by pid, under the names given.
+// Start begins to watch the processes, by pid, under the names given, one for each. It fails with
+// ErrEnded when one is not there.
 func Start(names []string, pids []int) (*Sampler, error) {
+	if len(names) != len(pids) {
+		return nil, fmt.Errorf("watch processes: %d names for %d pids", len(names), len(pids))
+	}
 	s := &Sampler{start: time.Now(), stop: make(chan struct{}), done: make(chan struct{})}
 	for i, pid := range pids {
-		p, err := procfs.NewProc(pid)
+		w, err := newWatched(names[i], pid, s.start)
 		if err != nil {
-			return nil, fmt.Errorf("watch process %d: %w", pid, err)
-		}
-		w := &watched{Process: report.Process{Name: names[i], PID: pid}, proc: p}
-		if err := w.sample(s.start); err != nil {
-			return nil, fmt.Errorf("watch process %d: %w", pid, err)
+			return nil, fmt.Errorf("watch process %s (%d): %w", names[i], pid, err)
 		}
 		s.procs = append(s.procs, w)
 	}
 	go s.watch()
 	return s, nil
+}
+
+func newWatched(name string, pid int, start time.Time) (*watched, error) {
+	p, err := procfs.NewProc(pid)
+	if err != nil {
+		return nil, ended(err)
+	}
+	st, err := p.Stat()
+	if err != nil {
+		return nil, ended(err)
+	}
+	w := &watched{Process: report.Process{Name: name, PID: pid}, proc: p, born: st.Starttime, every: 1}
+	return w, w.sample(start)
 }
 
 func (s *Sampler) watch() {
@@ -61,13 +94,14 @@ func (s *Sampler) watch() {
 	for {
 		select {
 		case <-tick.C:
-			s.all(func(w *watched) error { return w.sample(s.start) })
+			s.all(func(w *watched) error { return w.look(s.start) })
 		case <-s.stop:
 			return
 		}
 	}
 }
 
+// all calls f for each process that has not failed.
 func (s *Sampler) all(f func(w *watched) error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -78,14 +112,15 @@ func (s *Sampler) all(f func(w *watched) error) {
 	}
 }
 
-// Restart forgets the samples and lets time begin at start, that of a stage's load.
+// Restart forgets what was seen and lets time begin at start, that of a stage's load.
 func (s *Sampler) Restart(start time.Time) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.start = start
 	for _, w := range s.procs {
-		w.Samples, w.measured, w.RSSPeak = nil, false, 0
+		w.Process = report.Process{Name: w.Name, PID: w.PID}
+		w.every, w.looks, w.measured = 1, 0, false
 	}
-	s.mu.Unlock()
 }
 
 // Mark begins the measured time.
@@ -94,26 +129,32 @@ func (s *Sampler) Mark() {
 		if err := w.sample(s.start); err != nil {
 			return err
 		}
-		w.from, w.RSSStart, w.RSSPeak, w.measured = w.lastCPU, w.rss(), w.rss(), true
+		w.from, w.RSSStart, w.RSSPeak, w.measured = w.cpu, w.rss(), w.rss(), true
 		return nil
 	})
 }
 
-// Unmark ends the measured time.
+// Unmark ends the measured time, and does nothing when none has begun.
 func (s *Sampler) Unmark() {
 	s.all(func(w *watched) error {
+		if !w.measured {
+			return nil
+		}
 		if err := w.sample(s.start); err != nil {
 			return err
 		}
-		w.to, w.RSSEnd, w.measured = w.lastCPU, w.rss(), false
-		w.CPUSeconds = w.to - w.from
 		st, err := w.proc.NewStatus()
-		w.Anon = int64(st.RssAnon)
-		return err
+		if err != nil {
+			return ended(err)
+		}
+		w.CPUSeconds = (w.cpu - w.from).Seconds()
+		w.RSSEnd, w.Anon, w.measured = w.rss(), int64(st.RssAnon), false
+		return nil
 	})
 }
 
-// Processes is what was seen since Restart. The error names processes that ended meanwhile.
+// Processes is what was seen since Restart, in Start's order. The error wraps ErrEnded for each
+// process that ended meanwhile; of such a one only the samples hold.
 func (s *Sampler) Processes() ([]report.Process, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -130,39 +171,115 @@ func (s *Sampler) Processes() ([]report.Process, error) {
 	return out, errors.Join(errs...)
 }
 
-// RSS is what the first n processes have resident now, in bytes.
+// RSS is what the first n processes have resident now, in bytes. The error is that of Processes.
 func (s *Sampler) RSS(n int) (int64, error) {
-	var sum int64
 	s.all(func(w *watched) error { return w.sample(s.start) })
 	procs, err := s.Processes()
+	var sum int64
 	for _, p := range procs[:n] {
-		sum += p.Samples[len(p.Samples)-1].RSS
+		if k := len(p.Samples); k > 0 { // none: it ended before Restart
+			sum += p.Samples[k-1].RSS
+		}
 	}
 	return sum, err
 }
 
-// Stop ends the watching.
+// Stop ends the watching and returns when it has ended. It may be called again.
 func (s *Sampler) Stop() {
-	close(s.stop)
+	s.once.Do(func() { close(s.stop) })
 	<-s.done
 }
 
 func (w *watched) rss() int64 { return w.Samples[len(w.Samples)-1].RSS }
 
+// look reads the process and keeps every w.every-th sample.
+func (w *watched) look(start time.Time) error {
+	if w.looks++; w.looks%w.every == 0 {
+		return w.sample(start)
+	}
+	st, err := w.read()
+	w.peak(int64(st.ResidentMemory()))
+	return err
+}
+
+// sample reads the process and keeps what it read.
 func (w *watched) sample(start time.Time) error {
-	st, err := w.proc.Stat()
+	st, err := w.read()
+	if err != nil {
+		return err
+	}
+	cpu, err := cpuTime(w.PID)
 	if err != nil {
 		return err
 	}
 	now := time.Now()
 	p := report.ProcSample{T: now.Sub(start).Seconds(), RSS: int64(st.ResidentMemory())}
-	if span := now.Sub(w.lastAt).Seconds(); !w.lastAt.IsZero() && span > 0 {
-		p.CPU = (st.CPUTime() - w.lastCPU) / span
+	if span := now.Sub(w.at); !w.at.IsZero() && span > 0 {
+		p.CPU = float64(cpu-w.cpu) / float64(span)
 	}
-	w.lastCPU, w.lastAt = st.CPUTime(), now
-	w.Samples = append(w.Samples, p)
-	if w.measured {
-		w.RSSPeak = max(w.RSSPeak, p.RSS)
+	w.cpu, w.at = cpu, now
+	w.peak(p.RSS)
+	if w.Samples = append(w.Samples, p); len(w.Samples) >= maxSamples {
+		w.Samples = halve(w.Samples)
+		w.every *= 2
 	}
 	return nil
+}
+
+func (w *watched) peak(rss int64) {
+	if w.measured {
+		w.RSSPeak = max(w.RSSPeak, rss)
+	}
+}
+
+// read fails with ErrEnded when the process is gone, is dead but not waited for, or is another that
+// got its pid.
+func (w *watched) read() (procfs.ProcStat, error) {
+	st, err := w.proc.Stat()
+	if err == nil && (st.State == "Z" || st.State == "X" || st.Starttime != w.born) {
+		err = ErrEnded
+	}
+	return st, ended(err)
+}
+
+// cpuTime is what a process has run, by its clock: see clock_getcpuclockid(3).
+func cpuTime(pid int) (time.Duration, error) {
+	const ofProcess = 2 // CPUCLOCK_SCHED
+	var t unix.Timespec
+	if err := unix.ClockGettime(int32(^pid<<3|ofProcess), &t); err != nil {
+		return 0, ended(fmt.Errorf("read the CPU clock: %w", err))
+	}
+	return time.Duration(t.Nano()), nil
+}
+
+// ended turns what the kernel says of a pid that is no more into ErrEnded.
+func ended(err error) error {
+	for _, gone := range []error{fs.ErrNotExist, unix.ESRCH, unix.EINVAL} {
+		if errors.Is(err, gone) {
+			return ErrEnded
+		}
+	}
+	return err
+}
+
+// halve makes one sample of two, in place; a last odd one stays. The CPU time under the curve, the
+// highest memory and the newest sample's own memory stay.
+func halve(s []report.ProcSample) []report.ProcSample {
+	out := s[:0]
+	before := 0.0
+	for i := 0; i < len(s); i += 2 {
+		if i+1 == len(s) {
+			return append(out, s[i])
+		}
+		a, b := s[i], s[i+1]
+		if span := b.T - before; span > 0 {
+			b.CPU = (a.CPU*(a.T-before) + b.CPU*(b.T-a.T)) / span
+		}
+		before = s[i+1].T
+		if i+2 < len(s) {
+			b.RSS = max(a.RSS, b.RSS)
+		}
+		out = append(out, b)
+	}
+	return out
 }
