@@ -6,8 +6,8 @@
 // forgets a thread with all its time when it ends. What runs at the moment of reading counts up to
 // the last timer tick, 1 to 10 ms ago.
 //
-// Memory is the resident set of /proc/PID/stat, which may be up to 256 KiB behind on two cores: the
-// kernel adds each core's share up only now and then.
+// Memory is VmRSS of /proc/PID/status: that of /proc/PID/stat lags by some hundred KiB, since the
+// kernel adds the cores' shares up only now and then.
 package procstat
 
 import (
@@ -50,6 +50,7 @@ type watched struct {
 	from     time.Duration // CPU time at Mark
 	cpu      time.Duration // CPU time at the last sample kept
 	at       time.Time     // of that sample
+	anon     int64         // RssAnon at the last look, bytes
 	every    int           // looks to a sample that is kept
 	looks    int
 	measured bool
@@ -143,12 +144,8 @@ func (s *Sampler) Unmark() {
 		if err := w.sample(s.start); err != nil {
 			return err
 		}
-		st, err := w.proc.NewStatus()
-		if err != nil {
-			return ended(err)
-		}
 		w.CPUSeconds = (w.cpu - w.from).Seconds()
-		w.RSSEnd, w.Anon, w.measured = w.rss(), int64(st.RssAnon), false
+		w.RSSEnd, w.Anon, w.measured = w.rss(), w.anon, false
 		return nil
 	})
 }
@@ -197,14 +194,13 @@ func (w *watched) look(start time.Time) error {
 	if w.looks++; w.looks%w.every == 0 {
 		return w.sample(start)
 	}
-	st, err := w.read()
-	w.peak(int64(st.ResidentMemory()))
+	_, err := w.memory()
 	return err
 }
 
 // sample reads the process and keeps what it read.
 func (w *watched) sample(start time.Time) error {
-	st, err := w.read()
+	rss, err := w.memory()
 	if err != nil {
 		return err
 	}
@@ -213,12 +209,11 @@ func (w *watched) sample(start time.Time) error {
 		return err
 	}
 	now := time.Now()
-	p := report.ProcSample{T: now.Sub(start).Seconds(), RSS: int64(st.ResidentMemory())}
+	p := report.ProcSample{T: now.Sub(start).Seconds(), RSS: rss}
 	if span := now.Sub(w.at); !w.at.IsZero() && span > 0 {
 		p.CPU = float64(cpu-w.cpu) / float64(span)
 	}
 	w.cpu, w.at = cpu, now
-	w.peak(p.RSS)
 	if w.Samples = append(w.Samples, p); len(w.Samples) >= maxSamples {
 		w.Samples = halve(w.Samples)
 		w.every *= 2
@@ -226,20 +221,26 @@ func (w *watched) sample(start time.Time) error {
 	return nil
 }
 
-func (w *watched) peak(rss int64) {
+// memory is what the process has resident, in bytes. It fails with ErrEnded when the process is
+// gone, is dead but not waited for, or is another that got its pid.
+func (w *watched) memory() (int64, error) {
+	st, err := w.proc.Stat()
+	if err != nil {
+		return 0, ended(err)
+	}
+	if st.State == "Z" || st.State == "X" || st.Starttime != w.born {
+		return 0, ErrEnded
+	}
+	m, err := w.proc.NewStatus()
+	if err != nil {
+		return 0, ended(err)
+	}
+	rss := int64(m.VmRSS)
+	w.anon = int64(m.RssAnon)
 	if w.measured {
 		w.RSSPeak = max(w.RSSPeak, rss)
 	}
-}
-
-// read fails with ErrEnded when the process is gone, is dead but not waited for, or is another that
-// got its pid.
-func (w *watched) read() (procfs.ProcStat, error) {
-	st, err := w.proc.Stat()
-	if err == nil && (st.State == "Z" || st.State == "X" || st.Starttime != w.born) {
-		err = ErrEnded
-	}
-	return st, ended(err)
+	return rss, nil
 }
 
 // cpuTime is what a process has run, by its clock: see clock_getcpuclockid(3).
