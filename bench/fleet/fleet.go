@@ -283,8 +283,8 @@ func (f *Fleet) OnClose(g gnet.Conn, err error) gnet.Action {
 	if c, ok := g.Context().(*Conn); ok && c.state != closed {
 		was := c.state
 		c.state, c.g, c.partial = closed, nil, nil
-		if err == nil && was != open {
-			err = errors.New("closed before the handshake was done")
+		if was != open {
+			err = errors.Join(errors.New("closed before the handshake was done"), err)
 		}
 		f.opts.Handler.Closed(c, int(c.code), err, time.Now())
 	}
@@ -323,8 +323,10 @@ func (f *Fleet) OnTraffic(g gnet.Conn) gnet.Action {
 	if c.state != open {
 		return gnet.Close
 	}
-	if _, err := g.Discard(at + n); err != nil {
-		return gnet.Close
+	if at+n > 0 { // gnet takes 0 for all
+		if _, err := g.Discard(at + n); err != nil {
+			return gnet.Close
+		}
 	}
 	f.opts.Handler.Turn(c, now)
 	return gnet.None
