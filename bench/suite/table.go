@@ -19,31 +19,31 @@ type measure struct {
 var both = []subject{gateways(1), seed}
 
 var measures = []measure{
-	{id: "idle", args: "idle -users 18000 -steps 5 -warmup 4s -duration 5s", subjects: both},
-	{id: "idle-echo", args: "idle -plain -users 18000 -steps 3 -warmup 3s -duration 2s", subjects: []subject{
+	{id: "idle", args: "idle -users 18000 -steps 5 -warmup 3s -duration 3s", subjects: both},
+	{id: "idle-echo", args: "idle -plain -users 18000 -steps 3 -warmup 2s -duration 2s", subjects: []subject{
 		echoer("transport", "im-bench", "echo"), echoer("gnet", "peers/gnetecho"), echoer("gws", "peers/gws"),
 		echoer("nbio", "peers/nbio"), echoer("gorilla", "peers/gorilla")}},
 	{id: "connect", args: "connect -users 10000", subjects: both},
-	{id: "ack", args: "upstream -users 10000 -rate 10000 -warmup 4s -duration 8s", kafka: true, subjects: both},
-	{id: "ack-500", args: "upstream -users 10000 -rate 500 -warmup 4s -duration 8s", kafka: true, subjects: both},
-	{id: "ack-5000", args: "upstream -users 10000 -rate 5000 -warmup 4s -duration 8s", kafka: true, subjects: both},
-	{id: "ack-full", args: "upstream -users 1000 -window 32 -warmup 3s -duration 7s", kafka: true, subjects: both},
-	{id: "ack-w1-1k", args: "upstream -users 1000 -window 1 -warmup 3s -duration 7s", kafka: true, subjects: both},
-	{id: "ack-w1-10k", args: "upstream -users 10000 -window 1 -warmup 3s -duration 7s", kafka: true, subjects: both},
-	{id: "push", args: "downstream -users 10000 -rate 8000 -warmup 3s -duration 8s", kafka: true, subjects: both},
-	{id: "push-full", args: "downstream -users 10000 -window 2 -warmup 3s -duration 7s", kafka: true, subjects: both},
-	{id: "push-500", args: "downstream -users 1000 -rate 500 -warmup 3s -duration 8s", kafka: true, subjects: []subject{
+	{id: "ack", args: "upstream -users 10000 -rate 10000 -warmup 3s -duration 6s", kafka: true, subjects: both},
+	{id: "ack-500", args: "upstream -users 10000 -rate 500 -warmup 3s -duration 6s", kafka: true, subjects: both},
+	{id: "ack-5000", args: "upstream -users 10000 -rate 5000 -warmup 3s -duration 6s", kafka: true, subjects: both},
+	{id: "ack-full", args: "upstream -users 1000 -window 32 -warmup 2s -duration 5s", kafka: true, subjects: both},
+	{id: "ack-w1-1k", args: "upstream -users 1000 -window 1 -warmup 2s -duration 5s", kafka: true, subjects: both},
+	{id: "ack-w1-10k", args: "upstream -users 10000 -window 1 -warmup 2s -duration 5s", kafka: true, subjects: both},
+	{id: "push", args: "downstream -users 10000 -rate 8000 -warmup 3s -duration 6s", kafka: true, subjects: both},
+	{id: "push-full", args: "downstream -users 10000 -window 2 -warmup 2s -duration 5s", kafka: true, subjects: both},
+	{id: "push-500", args: "downstream -users 1000 -rate 500 -warmup 3s -duration 6s", kafka: true, subjects: []subject{
 		gateways(1), seed, {name: "bare sarama", alone: bareSarama}}},
-	{id: "fanout", args: "fanout -users 10000 -rate 20 -warmup 3s -duration 8s", kafka: true, subjects: []subject{
+	{id: "fanout", args: "fanout -users 10000 -rate 20 -warmup 3s -duration 6s", kafka: true, subjects: []subject{
 		gateways(1), seed, {name: "plain write", alone: rawWrite}}},
-	{id: "echo", args: "echo-load -users 1000 -window 1 -warmup 2s -duration 6s", subjects: []subject{
+	{id: "echo", args: "echo-load -users 1000 -window 1 -warmup 2s -duration 5s", subjects: []subject{
 		echoer("transport", "im-bench", "echo"), echoer("gnet", "peers/gnetecho"), echoer("gws", "peers/gws"),
 		echoer("nbio", "peers/nbio"), echoer("gorilla", "peers/gorilla")}},
-	{id: "few", args: "upstream -users 1000 -rate 5000 -warmup 3s -duration 8s", kafka: true, subjects: both[:1]},
-	{id: "many", args: "upstream -users 18000 -rate 5000 -warmup 4s -duration 8s", kafka: true, subjects: both[:1]},
-	{id: "nodes", args: "upstream -users 9000 -rate 6000 -warmup 3s -duration 8s", kafka: true, subjects: []subject{
+	{id: "few", args: "upstream -users 1000 -rate 5000 -warmup 3s -duration 6s", kafka: true, subjects: both[:1]},
+	{id: "many", args: "upstream -users 18000 -rate 5000 -warmup 3s -duration 6s", kafka: true, subjects: both[:1]},
+	{id: "nodes", args: "upstream -users 9000 -rate 6000 -warmup 3s -duration 6s", kafka: true, subjects: []subject{
 		gateways(1), gateways(2), gateways(3)}},
-	{id: "calls", args: "upstream -users 10000 -rate 5000 -warmup 3s -duration 6s", kafka: true, strace: 7 * time.Second, rate: 5000,
+	{id: "calls", args: "upstream -users 10000 -rate 5000 -warmup 3s -duration 6s", kafka: true, strace: 6 * time.Second, rate: 5000,
 		subjects: both},
 	{id: "shards", subjects: []subject{{name: "shards", alone: shardsAlone}}},
 }
