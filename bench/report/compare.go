@@ -2,6 +2,7 @@ package report
 
 import (
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -15,9 +16,9 @@ type Difference struct {
 	Name, Unit   string
 	A, B         float64 // medians
 	RunsA, RunsB int
-	Ratio        float64 // B over A
+	Ratio        float64 // B over A; 0, as the two below, where a run of A has 0
 	Lowest, Most float64 // ratio of any pair of runs
-	Verdict      string  // "better", "worse", "changed" or "within noise", of B
+	Verdict      string  // "better", "worse", "within noise", or "changed" where neither is better: of B
 }
 
 // Comparison holds, for each scenario and rate that both sides ran, the figures of both.
@@ -36,14 +37,16 @@ func (r *Report) key() string {
 	s := r.Scenario
 	for _, k := range []string{"users", "rate", "size", "group"} {
 		if v, ok := r.Options[k]; ok {
-			s += fmt.Sprintf(", %s %v", k, v)
+			s += ", " + k + " " + option(v)
 		}
 	}
 	return s
 }
 
-// Compare holds the runs of b against those of a. The error names what the two have no run of the
-// same kind in common.
+// Compare holds the runs of b against those of a: the values, and the percentiles of the latencies.
+// A difference is within noise when the ranges of the two sides overlap or, where a side ran once,
+// when it is below 10 %. Compare fails when the two sides have no run of the same kind, and says
+// what the first ran.
 func Compare(a, b *Set) (*Comparison, error) {
 	var c Comparison
 	var keys []string
@@ -82,7 +85,7 @@ func figures(s *Set, key string) side {
 		if r.key() != key {
 			continue
 		}
-		for _, v := range r.Values {
+		for _, v := range r.compared() {
 			if out.values[v.Name] == nil {
 				out.order = append(out.order, v)
 			}
@@ -92,26 +95,39 @@ func figures(s *Set, key string) side {
 	return out
 }
 
+// compared are the values of a run, and those percentiles of its latencies that are no values.
+func (r *Report) compared() []Value {
+	out := slices.Clone(r.Values)
+	for _, l := range r.Latency {
+		for _, p := range []struct {
+			name string
+			us   int64
+		}{{"p50", l.P50}, {"p90", l.P90}, {"p99", l.P99}, {"p99.9", l.P999}} {
+			name := l.Name + " " + p.name
+			if !slices.ContainsFunc(r.Values, func(v Value) bool { return v.Name == name }) {
+				out = append(out, Value{Name: name, Unit: "ms", Value: float64(p.us) / 1000, Better: "lower"})
+			}
+		}
+	}
+	return out
+}
+
 func difference(f Value, a, b []float64) Difference {
 	d := Difference{Name: f.Name, Unit: f.Unit, A: Median(a), B: Median(b), RunsA: len(a), RunsB: len(b)}
 	slices.Sort(a)
 	slices.Sort(b)
-	if d.A == 0 || a[0] == 0 || a[len(a)-1] == 0 {
-		d.Verdict = "changed"
-		if d.A == d.B {
-			d.Verdict = "within noise"
-		}
-		return d
-	}
-	d.Ratio, d.Lowest, d.Most = d.B/d.A, b[0]/a[len(a)-1], b[len(b)-1]/a[0]
 	overlap := a[0] <= b[len(b)-1] && b[0] <= a[len(a)-1]
-	small := d.Ratio > 1-noise && d.Ratio < 1+noise
+	small := false
+	if a[0] > 0 { // else there is no ratio
+		d.Ratio, d.Lowest, d.Most = d.B/d.A, b[0]/a[len(a)-1], b[len(b)-1]/a[0]
+		small = math.Abs(d.Ratio-1) < noise
+	}
 	switch {
 	case overlap, small && (len(a) == 1 || len(b) == 1):
 		d.Verdict = "within noise"
 	case f.Better == "":
 		d.Verdict = "changed"
-	case (d.Ratio < 1) == (f.Better == "lower"):
+	case (d.B < d.A) == (f.Better == "lower"):
 		d.Verdict = "better"
 	default:
 		d.Verdict = "worse"
@@ -138,8 +154,8 @@ func (c *Comparison) Text() string {
 		fmt.Fprint(w, "  figure\tA\tB\tB/A\tof any pair\tB is\n")
 		for _, d := range s.Differences {
 			single = single || d.RunsA == 1 || d.RunsB == 1
-			ratio, spread := "", ""
-			if d.Ratio > 0 {
+			ratio, spread := "-", "-"
+			if d.Most > 0 {
 				ratio, spread = fmt.Sprintf("%.3f", d.Ratio), fmt.Sprintf("%.3f - %.3f", d.Lowest, d.Most)
 			}
 			fmt.Fprintf(w, "  %s, %s\t%s\t%s\t%s\t%s\t%s\n", d.Name, d.Unit, number(d.A), number(d.B), ratio, spread, d.Verdict)

@@ -1,15 +1,17 @@
 package report
 
 import (
+	"cmp"
 	"encoding/csv"
 	"encoding/json"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 )
 
-// ReadFile reads a report file.
+// ReadFile reads a report file. It fails for one of another schema, or without runs.
 func ReadFile(name string) (*Set, error) {
 	b, err := os.ReadFile(name)
 	if err != nil {
@@ -19,7 +21,7 @@ func ReadFile(name string) (*Set, error) {
 	if err := json.Unmarshal(b, &s); err != nil {
 		return nil, fmt.Errorf("read the report %s: %w", name, err)
 	}
-	if s.Schema != 1 || len(s.Runs) == 0 {
+	if s.Schema != 1 || len(s.Runs) == 0 || slices.Contains(s.Runs, nil) {
 		return nil, fmt.Errorf("read the report %s: schema %d with %d runs; want a file that im-bench -json wrote", name, s.Schema, len(s.Runs))
 	}
 	return &s, nil
@@ -32,7 +34,8 @@ func WriteJSON(w io.Writer, s *Set) error {
 	return enc.Encode(s)
 }
 
-// WriteCSV writes a row for each second of each run.
+// WriteCSV writes a row for each second of each run. A cell is empty where there is nothing to say.
+// Servers of one name are added.
 func WriteCSV(w io.Writer, s *Set) error {
 	var rates, p50, p99 []map[string]float64
 	servers := map[string]bool{}
@@ -67,14 +70,18 @@ func WriteCSV(w io.Writer, s *Set) error {
 		return err
 	}
 	for i, r := range s.Runs {
+		rate := ""
+		if v, ok := r.Options["rate"]; ok {
+			rate = option(v)
+		}
 		for _, p := range r.Series {
-			row = append(row[:0], strconv.Itoa(i+1), r.Label, r.Scenario, fmt.Sprint(r.Options["rate"]),
+			row = append(row[:0], strconv.Itoa(i+1), r.Label, r.Scenario, rate,
 				strconv.FormatFloat(p.T, 'f', 3, 64), strconv.FormatBool(p.Measured))
 			row = cells(row, rateNames, p.Rates)
 			row = cells(row, p50Names, p.P50)
 			row = cells(row, p99Names, p.P99)
 			for _, n := range serverNames {
-				row = append(row, r.nearest(n, p.T)...)
+				row = append(row, r.serverCells(n, p.T)...)
 			}
 			if err := c.Write(row); err != nil {
 				return err
@@ -97,24 +104,37 @@ func cells(row, names []string, values map[string]float64) []string {
 	return row
 }
 
-// nearest are the cells of a server's sample nearest to t, empty when it was not watched.
-func (r *Report) nearest(server string, t float64) []string {
+// serverCells are the cores and the memory of the servers of a name at t, from the samples nearest
+// to it.
+func (r *Report) serverCells(name string, t float64) []string {
+	var cpu float64
+	var rss int64
+	found := false
 	for _, p := range r.Servers {
-		if p.Name != server {
-			continue
-		}
-		best := -1
-		for i, s := range p.Samples {
-			if best < 0 || abs(s.T-t) < abs(p.Samples[best].T-t) {
-				best = i
-			}
-		}
-		if best >= 0 {
-			s := p.Samples[best]
-			return []string{strconv.FormatFloat(s.CPU, 'f', 3, 64), strconv.FormatInt(s.RSS, 10)}
+		if s, ok := nearest(p.Samples, t); ok && p.Name == name {
+			cpu, rss, found = cpu+s.CPU, rss+s.RSS, true
 		}
 	}
-	return []string{"", ""}
+	if !found {
+		return []string{"", ""}
+	}
+	return []string{strconv.FormatFloat(cpu, 'f', 3, 64), strconv.FormatInt(rss, 10)}
 }
 
-func abs(v float64) float64 { return max(v, -v) }
+// nearest is the sample nearest to t, when there is one within a second of it or samples of both
+// sides.
+func nearest(samples []ProcSample, t float64) (ProcSample, bool) {
+	i, _ := slices.BinarySearchFunc(samples, t, func(s ProcSample, t float64) int { return cmp.Compare(s.T, t) })
+	switch {
+	case i == len(samples): // t is behind all
+		if i == 0 || t-samples[i-1].T > 1 {
+			return ProcSample{}, false
+		}
+		return samples[i-1], true
+	case i == 0:
+		return samples[0], samples[0].T-t <= 1
+	case t-samples[i-1].T < samples[i].T-t:
+		return samples[i-1], true
+	}
+	return samples[i], true
+}

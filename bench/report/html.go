@@ -6,11 +6,14 @@ import (
 	"fmt"
 	"html/template"
 	"io"
+	"maps"
+	"math"
+	"slices"
 	"strings"
 )
 
 //go:embed page.html
-var page string
+var pageHTML string
 
 //go:embed assets/uPlot.iife.min.js
 var uplotJS string
@@ -18,12 +21,16 @@ var uplotJS string
 //go:embed assets/uPlot.min.css
 var uplotCSS string
 
+//go:embed assets/uPlot.LICENSE
+var uplotLicense string
+
 var pageTemplate = template.Must(template.New("page").Funcs(template.FuncMap{
 	"number": number, "ms": ms, "mib": mib,
 	"visible": func(c Count) bool { return !strings.HasSuffix(c.Name, ", measured") },
-	"option":  func(v any) string { return fmt.Sprint(v) },
-	"cores":   func(p Process, seconds float64) string { return fmt.Sprintf("%.2f", p.CPUSeconds/seconds) },
-}).Parse(page))
+	"option":  option,
+	"cores":   (*Report).cores,
+	"both":    func(r *Report) []Process { return slices.Concat(r.Servers, r.Clients) },
+}).Parse(pageHTML))
 
 // WriteHTML writes one page that needs nothing else: the charts' library is in it.
 func WriteHTML(w io.Writer, s *Set) error {
@@ -36,7 +43,7 @@ func WriteHTML(w io.Writer, s *Set) error {
 		JS     template.JS
 		CSS    template.CSS
 		Charts template.JS // JSON; the encoder escapes what could end the script
-	}{s.Runs, template.JS(uplotJS), template.CSS(uplotCSS), template.JS(charts)}) //nolint:gosec // our own files
+	}{s.Runs, template.JS("/*\n" + uplotLicense + "*/\n" + uplotJS), template.CSS(uplotCSS), template.JS(charts)}) //nolint:gosec // our own files
 }
 
 // chart is one of the page's, as its script takes it. X and each series are of one length; nil: no
@@ -150,21 +157,36 @@ func (r *Report) throughput(suffix string) chart {
 	return c
 }
 
+// processes is one line for each process. They are sampled each at its own times, and one may have
+// ended: X is all of these times, to 50 ms.
 func (r *Report) processes(title, unit string, of func(ProcSample) float64) chart {
+	const step = 0.05
 	c := chart{Title: title, Kind: "time", Unit: unit}
-	for _, p := range append(append([]Process(nil), r.Servers...), r.Clients...) {
-		if c.X == nil {
-			for _, s := range p.Samples {
-				c.X = append(c.X, s.T)
-			}
+	all := slices.Concat(r.Servers, r.Clients)
+	place := map[int]int{} // in X, by steps
+	for _, p := range all {
+		for _, s := range p.Samples {
+			place[int(math.Round(s.T/step))] = 0
 		}
-		line := series{Name: p.Name}
-		for i := range c.X { // all are sampled together
-			if i < len(p.Samples) {
-				line.Y = append(line.Y, of(p.Samples[i]))
-			} else {
-				line.Y = append(line.Y, nil)
-			}
+	}
+	for i, at := range slices.Sorted(maps.Keys(place)) {
+		place[at] = i
+		c.X = append(c.X, float64(at)*step)
+	}
+	named := map[string]int{}
+	for _, p := range all {
+		named[p.Name]++
+	}
+	for _, p := range all {
+		if len(p.Samples) == 0 {
+			continue
+		}
+		line := series{Name: p.Name, Y: make([]any, len(c.X))}
+		if named[p.Name] > 1 {
+			line.Name = fmt.Sprintf("%s (%d)", p.Name, p.PID)
+		}
+		for _, s := range p.Samples {
+			line.Y[place[int(math.Round(s.T/step))]] = of(s)
 		}
 		c.Lines = append(c.Lines, line)
 	}

@@ -3,7 +3,10 @@ package report
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math"
+	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/HdrHistogram/hdrhistogram-go"
@@ -11,8 +14,11 @@ import (
 
 // Merge makes one report of those of several client processes, or hosts, that ran the same scenario
 // at the same time: counts, rates and histograms are added; the percentiles of a second, which
-// cannot be, are those of the worst part. A server that several parts watched counts once. The
-// values are left to be worked out anew.
+// cannot be, are those of the worst part. Seconds meet by the time since each part's load began. A
+// server that several parts watched, told by name and pid, counts once; a check holds when it does
+// in all. The values are left to be worked out anew; the options of the first part
+// stand, with users and rates added. Merge fails when there is no part, when the
+// scenarios differ, or when a histogram cannot be read or does not fit the others.
 func Merge(parts []*Report) (*Report, error) {
 	if len(parts) == 0 {
 		return nil, errors.New("nothing to merge")
@@ -22,12 +28,9 @@ func Merge(parts []*Report) (*Report, error) {
 		Scenario: first.Scenario, Label: first.Label, Started: first.Started, Machine: first.Machine,
 		Options: map[string]any{},
 	}
-	for k, v := range first.Options {
-		out.Options[k] = v
-	}
+	maps.Copy(out.Options, first.Options)
 	m := merging{out: out, hists: map[string]*hdrhistogram.Histogram{}}
-	var users float64
-	for _, p := range parts {
+	for i, p := range parts {
 		if p.Scenario != first.Scenario {
 			return nil, fmt.Errorf("reports of %s and of %s do not make one", first.Scenario, p.Scenario)
 		}
@@ -35,23 +38,66 @@ func Merge(parts []*Report) (*Report, error) {
 			out.Started = p.Started
 		}
 		out.Seconds = max(out.Seconds, p.Seconds)
-		switch n := p.Options["users"].(type) {
-		case int:
-			users += float64(n)
-		case float64: // from a file
-			users += n
+		for _, k := range []string{"users", "rate", "connect_rate"} {
+			if v, ok := p.Options[k]; ok && i > 0 {
+				out.Options[k] = addOption(out.Options[k], v)
+			}
 		}
 		if err := m.add(p); err != nil {
 			return nil, err
 		}
 	}
-	if users > 0 {
-		out.Options["users"] = int(users)
-	}
 	for _, name := range m.order {
 		out.Latency = append(out.Latency, NewLatency(name, m.hists[name]))
 	}
 	return out, nil
+}
+
+// addOption adds numbers and rates, which are text: "500" and "100..500". What is neither, as "2
+// outstanding per user", is that of the first part.
+func addOption(a, b any) any {
+	switch x := a.(type) {
+	case int:
+		if y, ok := toFloat(b); ok {
+			return x + int(y)
+		}
+	case float64: // from a file
+		if y, ok := toFloat(b); ok {
+			return x + y
+		}
+	case string:
+		if y, ok := b.(string); ok {
+			return addRates(x, y)
+		}
+	}
+	return a
+}
+
+func toFloat(v any) (float64, bool) {
+	switch n := v.(type) {
+	case int:
+		return float64(n), true
+	case float64:
+		return n, true
+	}
+	return 0, false
+}
+
+func addRates(a, b string) string {
+	const to = ".."
+	x, y := strings.Split(a, to), strings.Split(b, to)
+	if len(x) != len(y) {
+		return a
+	}
+	for i := range x {
+		m, errA := strconv.ParseFloat(x[i], 64)
+		n, errB := strconv.ParseFloat(y[i], 64)
+		if errA != nil || errB != nil {
+			return a
+		}
+		x[i] = strconv.FormatFloat(m+n, 'f', -1, 64)
+	}
+	return strings.Join(x, to)
 }
 
 type merging struct {
@@ -70,14 +116,16 @@ func (m *merging) add(p *Report) error {
 			return err
 		}
 		if sum := m.hists[l.Name]; sum != nil {
-			sum.Merge(h)
+			if dropped := sum.Merge(h); dropped > 0 {
+				return fmt.Errorf("merge the histograms of %s: %d values of one are beyond the range of another", l.Name, dropped)
+			}
 		} else {
 			m.hists[l.Name] = h
 			m.order = append(m.order, l.Name)
 		}
 	}
-	for i, point := range p.Series {
-		m.point(i, point)
+	for i, point := range bySecond(p.Series) {
+		m.out.Series = addPoint(m.out.Series, i, point)
 	}
 	for _, s := range p.Servers {
 		m.server(s)
@@ -87,20 +135,11 @@ func (m *merging) add(p *Report) error {
 		m.check(c)
 	}
 	for _, w := range p.Warnings {
-		if !has(m.out.Warnings, w) {
+		if !slices.Contains(m.out.Warnings, w) {
 			m.out.Warnings = append(m.out.Warnings, w)
 		}
 	}
 	return nil
-}
-
-func has(list []string, s string) bool {
-	for _, x := range list {
-		if x == s {
-			return true
-		}
-	}
-	return false
 }
 
 func (m *merging) count(c Count) {
@@ -115,37 +154,80 @@ func (m *merging) count(c Count) {
 
 // MergePoints is the sum of one second of several parts; nil ones are left out.
 func MergePoints(parts []*Point) Point {
-	m := merging{out: &Report{}}
+	var sum []Point
 	for _, p := range parts {
 		if p != nil {
-			m.point(0, *p)
+			sum = addPoint(sum, 0, *p)
 		}
 	}
-	if len(m.out.Series) == 0 {
+	if len(sum) == 0 {
 		return Point{}
 	}
-	return m.out.Series[0]
+	sum[0].T = math.Round(sum[0].T)
+	return sum[0]
 }
 
-// point adds the i-th second: parts begin together, so seconds are told by their place.
-func (m *merging) point(i int, p Point) {
-	if i == len(m.out.Series) {
-		m.out.Series = append(m.out.Series, Point{
-			T: math.Round(p.T), Measured: p.Measured,
-			Rates: map[string]float64{}, P50: map[string]float64{}, P99: map[string]float64{},
+// addPoint adds p to the i-th point of sum, which grows as it must.
+func addPoint(sum []Point, i int, p Point) []Point {
+	for len(sum) <= i {
+		sum = append(sum, Point{
+			T: float64(len(sum) + 1), Rates: map[string]float64{}, P50: map[string]float64{}, P99: map[string]float64{},
 		})
 	}
-	sum := &m.out.Series[i]
-	sum.Measured = sum.Measured || p.Measured
+	s := &sum[i]
+	s.T = max(s.T, p.T)
+	s.Measured = s.Measured || p.Measured
 	for k, v := range p.Rates {
-		sum.Rates[k] += v
+		s.Rates[k] += v
 	}
 	for k, v := range p.P50 {
-		sum.P50[k] = max(sum.P50[k], v)
+		s.P50[k] = max(s.P50[k], v)
 	}
 	for k, v := range p.P99 {
-		sum.P99[k] = max(sum.P99[k], v)
+		s.P99[k] = max(s.P99[k], v)
 	}
+	return sum
+}
+
+// bySecond puts the points of one part, which are about a second long and come when they can, on
+// whole seconds: the i-th covers i to i+1. A rate is the mean over the time of that second that the
+// points cover; a last second of which less than half is covered is left out. Percentiles go to the
+// second that holds the middle of their point.
+func bySecond(points []Point) []Point {
+	if len(points) == 0 {
+		return nil
+	}
+	n := max(1, int(math.Round(points[len(points)-1].T)))
+	out := make([]Point, n)
+	covered := make([]float64, n)
+	for i := range out {
+		out[i] = Point{T: float64(i + 1), Rates: map[string]float64{}, P50: map[string]float64{}, P99: map[string]float64{}}
+	}
+	from := 0.0
+	for _, p := range points {
+		for i := max(0, int(from)); i < n && float64(i) < p.T; i++ {
+			part := min(p.T, float64(i+1)) - max(from, float64(i))
+			covered[i] += part
+			for k, v := range p.Rates {
+				out[i].Rates[k] += v * part
+			}
+		}
+		mid := &out[min(n-1, max(0, int((from+p.T)/2)))]
+		mid.Measured = mid.Measured || p.Measured
+		for k, v := range p.P50 {
+			mid.P50[k] = max(mid.P50[k], v)
+		}
+		for k, v := range p.P99 {
+			mid.P99[k] = max(mid.P99[k], v)
+		}
+		from = p.T
+	}
+	for i := range out {
+		for k := range out[i].Rates {
+			out[i].Rates[k] /= covered[i]
+		}
+	}
+	return out
 }
 
 func (m *merging) server(s Process) {

@@ -2,8 +2,10 @@ package report
 
 import (
 	"fmt"
+	"math"
 	"slices"
 	"sort"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 )
@@ -15,7 +17,7 @@ func (r *Report) Title() string {
 		s = r.Label + ": " + s
 	}
 	if v, ok := r.Options["users"]; ok {
-		s += fmt.Sprintf(", %v users", v)
+		s += ", " + option(v) + " users"
 	}
 	if v, ok := r.Options["rate"].(string); ok {
 		if strings.Contains(v, "outstanding") {
@@ -54,9 +56,12 @@ func (r *Report) Text() string {
 	if len(counts) > 0 {
 		fmt.Fprintf(&b, "  in all: %s\n", strings.Join(counts, ", "))
 	}
-	for _, p := range slices.Concat(r.Servers, r.Clients) {
-		fmt.Fprintf(&b, "  %s (pid %d): %.2f cores, memory %.1f MiB at its peak, %.1f MiB at the end\n",
-			p.Name, p.PID, p.CPUSeconds/r.Seconds, mib(p.RSSPeak), mib(p.RSSEnd))
+	if len(r.Servers)+len(r.Clients) > 0 {
+		fmt.Fprint(w, "\tprocess\tpid\tcores\tmemory, MiB, peak\tat the end\tanonymous\t\n")
+		for _, p := range slices.Concat(r.Servers, r.Clients) {
+			fmt.Fprintf(w, "\t%s\t%d\t%s\t%.1f\t%.1f\t%.1f\t\n", p.Name, p.PID, r.cores(p), mib(p.RSSPeak), mib(p.RSSEnd), mib(p.Anon))
+		}
+		_ = w.Flush()
 	}
 	for _, c := range r.Checks {
 		if c.OK {
@@ -75,11 +80,40 @@ func ms(us int64) string { return fmt.Sprintf("%.2f", float64(us)/1000) }
 
 func mib(b int64) float64 { return float64(b) / (1 << 20) }
 
+// cores is how many cores p used in the measured time.
+func (r *Report) cores(p Process) string {
+	if r.Seconds <= 0 { // nothing was measured
+		return "-"
+	}
+	return fmt.Sprintf("%.2f", p.CPUSeconds/r.Seconds)
+}
+
 func number(v float64) string {
-	if v >= 1000 {
+	switch size := math.Abs(v); {
+	case size >= 1000:
 		return fmt.Sprintf("%.0f", v)
+	case size > 0 && size < 0.1:
+		return fmt.Sprintf("%.2g", v)
 	}
 	return fmt.Sprintf("%.2f", v)
+}
+
+// option is an option's value for people, the same for a report just made as for one from a file,
+// where all numbers are floating and all lists are of anything.
+func option(v any) string {
+	switch x := v.(type) {
+	case float64:
+		return strconv.FormatFloat(x, 'f', -1, 64)
+	case []string:
+		return strings.Join(x, ", ")
+	case []any:
+		list := make([]string, len(x))
+		for i, e := range x {
+			list[i] = option(e)
+		}
+		return strings.Join(list, ", ")
+	}
+	return fmt.Sprint(v)
 }
 
 // names are the keys of all the maps, sorted.
