@@ -25,7 +25,7 @@ var uplotCSS string
 var uplotLicense string
 
 var pageTemplate = template.Must(template.New("page").Funcs(template.FuncMap{
-	"number": number, "ms": ms, "mib": mib,
+	"number": number, "ms": ms, "mib": mib, "gib": func(b int64) float64 { return float64(b) / (1 << 30) },
 	"visible": func(c Count) bool { return !strings.HasSuffix(c.Name, ", measured") },
 	"option":  option,
 	"cores":   (*Report).cores,
@@ -49,40 +49,56 @@ func WriteHTML(w io.Writer, s *Set) error {
 // chart is one of the page's, as its script takes it. X and each series are of one length; nil: no
 // value there.
 type chart struct {
-	Title string    `json:"title"`
-	Kind  string    `json:"kind"` // "time" or "percentile"
-	Unit  string    `json:"unit"`
-	X     []float64 `json:"x"`
-	Lines []series  `json:"lines"`
+	Run    int       `json:"run"` // its place in the set; -1: of all runs
+	Title  string    `json:"title"`
+	Kind   string    `json:"kind"` // "time" or "percentile"
+	Unit   string    `json:"unit"`
+	Warmup float64   `json:"warmup"` // seconds from the left that were not measured
+	X      []float64 `json:"x"`
+	Lines  []series  `json:"lines"`
 }
 
 type series struct {
-	Name string `json:"name"`
-	Y    []any  `json:"y"`
+	Name  string `json:"name"`
+	Color int    `json:"color"`
+	Faint bool   `json:"faint"` // a lesser companion of the line of the same colour
+	Y     []any  `json:"y"`
 }
 
+// chartsOf are the charts that have something to show.
 func chartsOf(s *Set) []chart {
-	charts := []chart{percentiles(s)}
+	all := percentiles(s)
+	if all.Run = -1; len(s.Runs) == 1 {
+		all.Run = 0
+	}
+	charts := []chart{all}
 	for i, r := range s.Runs {
-		suffix := ""
-		if len(s.Runs) > 1 {
-			suffix = fmt.Sprintf(" (run %d: %s)", i+1, r.Title())
-		}
-		charts = append(charts, r.latencyOverTime(suffix), r.throughput(suffix), r.processes("CPU, cores"+suffix, "cores", func(p ProcSample) float64 { return p.CPU }),
-			r.processes("memory, MiB"+suffix, "MiB", func(p ProcSample) float64 { return mib(p.RSS) }))
-	}
-	shown := charts[:0]
-	for _, c := range charts {
-		if len(c.Lines) > 0 && len(c.X) > 1 {
-			shown = append(shown, c)
+		for _, c := range []chart{
+			r.latencyOverTime(), r.throughput(), r.processes("CPU, cores", "cores", func(p ProcSample) float64 { return p.CPU }),
+			r.processes("memory, MiB", "MiB", func(p ProcSample) float64 { return mib(p.RSS) }),
+		} {
+			c.Run, c.Warmup = i, r.warmup()
+			charts = append(charts, c)
 		}
 	}
-	return shown
+	return slices.DeleteFunc(charts, func(c chart) bool { return len(c.Lines) == 0 || len(c.X) < 2 })
+}
+
+// warmup is how long the load ran before the first second that was measured.
+func (r *Report) warmup() float64 {
+	from := 0.0
+	for _, p := range r.Series {
+		if p.Measured {
+			return from
+		}
+		from = p.T
+	}
+	return 0
 }
 
 // percentiles is one line for each run and latency, over 1/(1-q).
 func percentiles(s *Set) chart {
-	c := chart{Title: "latency by percentile", Kind: "percentile", Unit: "ms"}
+	c := chart{Title: "latency by percentile, ms", Kind: "percentile", Unit: "ms"}
 	for x := 1.0; x <= 10000; x *= 1.12 {
 		c.X = append(c.X, x)
 	}
@@ -92,7 +108,7 @@ func percentiles(s *Set) chart {
 			if err != nil || h.TotalCount() == 0 {
 				continue
 			}
-			line := series{Name: l.Name}
+			line := series{Name: l.Name, Color: len(c.Lines)}
 			if len(s.Runs) > 1 {
 				line.Name = fmt.Sprintf("%d: %s %s", i+1, r.Label, l.Name)
 			}
@@ -117,8 +133,8 @@ func (r *Report) seconds() []float64 {
 	return x
 }
 
-func (r *Report) line(name string, of func(Point) map[string]float64, key string, scale float64) series {
-	s := series{Name: name}
+func (r *Report) line(of func(Point) map[string]float64, key string, scale float64) series {
+	s := series{Name: key}
 	for _, p := range r.Series {
 		if v, ok := of(p)[key]; ok {
 			s.Y = append(s.Y, v*scale)
@@ -129,29 +145,33 @@ func (r *Report) line(name string, of func(Point) map[string]float64, key string
 	return s
 }
 
-func (r *Report) latencyOverTime(suffix string) chart {
-	c := chart{Title: "latency, ms" + suffix, Kind: "time", Unit: "ms", X: r.seconds()}
+func (r *Report) latencyOverTime() chart {
+	c := chart{Title: "latency, ms", Kind: "time", Unit: "ms", X: r.seconds()}
 	var all []map[string]float64
 	for _, p := range r.Series {
 		all = append(all, p.P50)
 	}
-	for _, n := range names(all...) {
-		c.Lines = append(c.Lines,
-			r.line(n+" p50", func(p Point) map[string]float64 { return p.P50 }, n, 0.001),
-			r.line(n+" p99", func(p Point) map[string]float64 { return p.P99 }, n, 0.001))
+	for i, n := range names(all...) {
+		p50 := r.line(func(p Point) map[string]float64 { return p.P50 }, n, 0.001)
+		p99 := r.line(func(p Point) map[string]float64 { return p.P99 }, n, 0.001)
+		p50.Name, p50.Color, p50.Faint = n+" p50", i, true
+		p99.Name, p99.Color = n+" p99", i
+		c.Lines = append(c.Lines, p50, p99)
 	}
 	return c
 }
 
-func (r *Report) throughput(suffix string) chart {
-	c := chart{Title: "events per second" + suffix, Kind: "time", Unit: "/s", X: r.seconds()}
+func (r *Report) throughput() chart {
+	c := chart{Title: "events per second", Kind: "time", Unit: "/s", X: r.seconds()}
 	var all []map[string]float64
 	for _, p := range r.Series {
 		all = append(all, p.Rates)
 	}
 	for _, n := range names(all...) {
 		if r.Count(n) > 0 {
-			c.Lines = append(c.Lines, r.line(n, func(p Point) map[string]float64 { return p.Rates }, n, 1))
+			line := r.line(func(p Point) map[string]float64 { return p.Rates }, n, 1)
+			line.Color = len(c.Lines)
+			c.Lines = append(c.Lines, line)
 		}
 	}
 	return c
@@ -181,7 +201,7 @@ func (r *Report) processes(title, unit string, of func(ProcSample) float64) char
 		if len(p.Samples) == 0 {
 			continue
 		}
-		line := series{Name: p.Name, Y: make([]any, len(c.X))}
+		line := series{Name: p.Name, Color: len(c.Lines), Y: make([]any, len(c.X))}
 		if named[p.Name] > 1 {
 			line.Name = fmt.Sprintf("%s (%d)", p.Name, p.PID)
 		}

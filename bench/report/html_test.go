@@ -3,6 +3,7 @@ package report
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -55,14 +56,14 @@ func TestPage(t *testing.T) {
 			t.Error("a style needs something else")
 		}
 	}
-	if elements["script"] != 2 || elements["h1"] != 1 || elements["link"] != 0 || elements["b"] != 2*5 {
+	if elements["script"] != 2 || elements["h1"] != 1 || elements["link"] != 0 || elements["b"] != 2*(5+7) {
 		t.Errorf("elements %v", elements)
 	}
 	if ok != 2*2 || broken != 2*1 || warnings != 2*1 {
 		t.Errorf("%d checks hold, %d are broken, %d warnings", ok, broken, warnings)
 	}
 	for _, want := range []string{
-		"im-gateway: chat, 2000 users, 500/s", "AMD EPYC", "group 5-40", "urls ws://127.0.0.1:8080/ws", "41.50", "&lt;b&gt;u17", "0.93 cores", "prefers-color-scheme",
+		"im-gateway: chat, 2000 users, 500/s", "AMD EPYC", "24 GiB", "group <b>5-40</b>", "urls <b>ws://127.0.0.1:8080/ws</b>", "41.50", "&lt;b&gt;u17", "0.93 cores", "prefers-color-scheme",
 		"width=device-width", "Permission is hereby granted", "refused OVERLOADED",
 	} {
 		if !strings.Contains(text, want) {
@@ -109,9 +110,12 @@ func TestCharts(t *testing.T) {
 	a.Clients = append(a.Clients, Process{Name: "unseen"})
 	delete(a.Series[3].P99, "acked")
 	charts := chartsOf(&Set{Schema: 1, Runs: []*Report{a, b}})
+	if len(charts) != 9 {
+		t.Fatalf("%d charts", len(charts))
+	}
 	var titles []string
 	for _, c := range charts {
-		titles = append(titles, strings.Split(c.Title, " (")[0])
+		titles = append(titles, fmt.Sprintf("%d %s", c.Run, c.Title))
 		for _, l := range c.Lines {
 			if len(l.Y) != len(c.X) {
 				t.Errorf("%s: %d values of %s at %d places", c.Title, len(l.Y), l.Name, len(c.X))
@@ -126,9 +130,15 @@ func TestCharts(t *testing.T) {
 			t.Errorf("%s: %v", c.Title, err)
 		}
 	}
-	perRun := ", latency, ms, events per second, CPU, cores, memory, MiB"
-	if got, want := strings.Join(titles, ", "), "latency by percentile"+perRun+perRun; got != want {
+	want := "-1 latency by percentile, ms; 0 latency, ms; 0 events per second; 0 CPU, cores; 0 memory, MiB; 1 latency, ms; 1 events per second; 1 CPU, cores; 1 memory, MiB"
+	if got := strings.Join(titles, "; "); got != want {
 		t.Errorf("charts %s\nwant   %s", got, want)
+	}
+	if charts[0].Warmup != 0 || charts[1].Warmup != 3 {
+		t.Errorf("warm-up of %v and %v s", charts[0].Warmup, charts[1].Warmup)
+	}
+	if one := chartsOf(&Set{Runs: []*Report{a}}); len(one) != 5 || one[0].Run != 0 {
+		t.Errorf("a single run has %d charts, the first of run %d", len(one), one[0].Run)
 	}
 	var lines []string
 	for _, l := range charts[3].Lines {

@@ -29,7 +29,7 @@ func TestMergeAddsUp(t *testing.T) {
 	if got.Options["users"] != 4000 || got.Options["rate"] != "1000" || got.Options["size"] != "128" || a.Options["users"] != 2000 {
 		t.Errorf("options %v, of the first part %v", got.Options, a.Options)
 	}
-	if want := []Count{{"sent", 15000}, {"sent, measured", 12000}, {"acked", 14996}, {"refused OVERLOADED", 4}, {"lost", 3}}; !reflect.DeepEqual(got.Counts, want) {
+	if want := []Count{{"sent", 15000}, {"sent, measured", 12000}, {"acked", 14996}, {"pushed", 330000}, {"refused OVERLOADED", 4}, {"lost", 3}}; !reflect.DeepEqual(got.Counts, want) {
 		t.Errorf("counts %v, want %v", got.Counts, want)
 	}
 	for i, want := range []int64{12000, 120000, 10} {

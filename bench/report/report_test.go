@@ -69,7 +69,7 @@ func sample(t testing.TB, label string, factor float64) *Report {
 			{"acked", "per second", 500, "higher"}, {"server CPU per ack", "us", 41.5 * factor, "lower"}, {"server CPU", "cores", 0.22 * factor, "lower"},
 			{"server memory, peak", "MiB", 36.25 * factor, "lower"}, {"server memory per user", "bytes", 980 * factor, "lower"},
 		},
-		Counts:  []Count{{"sent", 7500}, {"sent, measured", 6000}, {"acked", 7498}, {"refused OVERLOADED", 2}},
+		Counts:  []Count{{"sent", 7500}, {"sent, measured", 6000}, {"acked", 7498}, {"pushed", 165000}, {"refused OVERLOADED", 2}},
 		Latency: []Latency{NewLatency("acked", histogram(t, 6000, 4000*factor)), NewLatency("pushed", histogram(t, 60000, 7000*factor))},
 		Checks: []Check{
 			{Name: "every acked message is in Kafka once", OK: true}, {Name: "pushes arrived in order", OK: true},
