@@ -224,16 +224,16 @@ func (w *watched) sample(start time.Time) error {
 // memory is what the process has resident, in bytes. It fails with ErrEnded when the process is
 // gone, is dead but not waited for, or is another that got its pid.
 func (w *watched) memory() (int64, error) {
-	st, err := w.proc.Stat()
+	m, err := w.proc.NewStatus()
+	if err != nil {
+		return 0, ended(err)
+	}
+	st, err := w.proc.Stat() // behind what it vouches for
 	if err != nil {
 		return 0, ended(err)
 	}
 	if st.State == "Z" || st.State == "X" || st.Starttime != w.born {
 		return 0, ErrEnded
-	}
-	m, err := w.proc.NewStatus()
-	if err != nil {
-		return 0, ended(err)
 	}
 	rss := int64(m.VmRSS)
 	w.anon = int64(m.RssAnon)
