@@ -39,6 +39,8 @@ type Options struct {
 
 	Plain bool `json:"plain,omitempty"` // the servers are no gateways and say no `connected`: for connect and idle
 
+	Hello string `json:"hello,omitempty"` // with Plain: a text message that each user sends when it is connected
+
 	Steps int `json:"steps,omitempty"` // of idle: numbers of users at which memory is read; 5
 
 	Kafka            []string `json:"kafka,omitempty"`   // brokers; none: acks are not checked against Kafka

@@ -461,6 +461,9 @@ func (r *run) Upgraded(c *fleet.Conn, now time.Time) {
 	u.conn = c
 	if r.o.Plain || scenarios[r.o.Scenario].plain {
 		r.isUp(u, c, now)
+		if r.o.Hello != "" {
+			_ = r.f.Write(c, fleet.AppendText(nil, []byte(r.o.Hello))) // a lost connection is told to Closed
+		}
 	}
 }
 

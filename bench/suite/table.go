@@ -23,6 +23,8 @@ var measures = []measure{
 	{id: "idle-echo", args: "idle -plain -users 18000 -steps 3 -warmup 2s -duration 2s", subjects: []subject{
 		echoer("transport", "im-bench", "echo"), echoer("gnet", "peers/gnetecho"), echoer("gws", "peers/gws"),
 		echoer("nbio", "peers/nbio"), echoer("gorilla", "peers/gorilla")}},
+	{id: "idle-centrifuge", args: `idle -plain -hello {"id":1,"connect":{}} -users 10000 -steps 3 -warmup 2s -duration 2s`, subjects: []subject{
+		echoer("centrifuge", "peers/centrifuge", "-ping", "0")}},
 	{id: "connect", args: "connect -users 10000", subjects: both},
 	{id: "ack", args: "upstream -users 10000 -rate 10000 -warmup 3s -duration 6s", kafka: true, subjects: both},
 	{id: "ack-500", args: "upstream -users 10000 -rate 500 -warmup 3s -duration 6s", kafka: true, subjects: both},
@@ -91,6 +93,7 @@ var rows = []row{
 	{what: "the same, against gws", measure: "idle-echo", value: "server memory per user", unit: "B", of: "transport", against: "gws"},
 	{what: "the same, against nbio", measure: "idle-echo", value: "server memory per user", unit: "B", of: "transport", against: "nbio"},
 	{what: "the same, against gorilla", measure: "idle-echo", value: "server memory per user", unit: "B", of: "transport", against: "gorilla"},
+	{what: "memory per idle user of centrifuge", measure: "idle-centrifuge", value: "server memory per user", unit: "B", of: "centrifuge"},
 	{what: "CPU per ack at 5,000/s, 1,000 users", measure: "few", value: "server CPU per ack", unit: "us", of: "gateway"},
 	{what: "the same with 18,000 users, over that", measure: "many", value: "server CPU per ack", unit: "us", of: "gateway", against: "few/gateway", goal: 1.2},
 	{what: "push p50 at 500/s, above a bare consumer", measure: "push-500", value: "pushed p50", unit: "ms", of: "gateway", against: "bare sarama", goal: 1, less: true},
@@ -129,7 +132,7 @@ func median(v []float64) float64 {
 }
 
 func (r results) print(w io.Writer) {
-	fmt.Fprintln(w, "| what | this gateway | against | ratio | goal | |")
+	fmt.Fprintln(w, "| what | measured | against | ratio | goal | |")
 	fmt.Fprintln(w, "|---|---|---|---|---|---|")
 	for _, x := range rows {
 		mine := r[x.measure][x.of][x.value]

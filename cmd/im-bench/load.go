@@ -53,6 +53,7 @@ func (f *flags) register(fs *pflag.FlagSet, scenario string) {
 	fs.StringVar(&f.group, "group", o.Group.String(), "users per group, in fanout and chat; as for size")
 	fs.IntVar(&f.o.Steps, "steps", o.Steps, "idle: numbers of users at which memory is read")
 	fs.BoolVar(&f.o.Plain, "plain", false, "connect, idle: the servers are no gateways; connected means upgraded")
+	fs.StringVar(&f.o.Hello, "hello", "", "with -plain: a text message that each user sends when it is connected")
 	fs.IntVar(&f.o.DrainPID, "drain-pid", 0, "drain: the gateway process to end with SIGTERM; 0: somebody else ends one")
 	fs.StringSliceVar(&f.kafka, "kafka", nil, "brokers; acks are then checked against the log (or IM_KAFKA_BROKERS)")
 	fs.StringVar(&f.o.UpstreamTopic, "upstream-topic", o.UpstreamTopic, "as the gateway's kafka.upstream_topic")
