@@ -73,7 +73,7 @@ func (m *meter) took(t *track, due, now int64) {
 func (m *meter) tick(now time.Time) report.Point {
 	p := report.Point{T: now.Sub(m.start).Seconds(), Rates: map[string]float64{}, P50: map[string]float64{}, P99: map[string]float64{}}
 	n := now.UnixNano()
-	p.Measured = n > m.from && n <= m.to+int64(time.Second)
+	p.Measured = n-int64(time.Second/2) >= m.from && n-int64(time.Second/2) < m.to // the second's middle
 	span := p.T
 	if k := len(m.series); k > 0 {
 		span -= m.series[k-1].T
