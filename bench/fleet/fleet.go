@@ -4,10 +4,12 @@
 package fleet
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"net/netip"
 	"net/url"
 	"os"
@@ -69,6 +71,12 @@ const (
 
 // maxBacklog is how many unsent bytes a connection may hold before it is given up.
 const maxBacklog = 4 << 20
+
+// maxMessage is the longest message from a server, in bytes, its fragments together.
+const maxMessage = 16 << 20
+
+// maxRefusal is how many bytes of a refused handshake's body are told.
+const maxRefusal = 200
 
 // ErrBacklog ends a connection whose server stopped reading.
 var ErrBacklog = errors.New("the server does not read: too many unsent bytes")
@@ -285,6 +293,10 @@ func (f *Fleet) OnClose(g gnet.Conn, err error) gnet.Action {
 		c.state, c.g, c.partial = closed, nil, nil
 		if was != open {
 			err = errors.Join(errors.New("closed before the handshake was done"), err)
+			b, _ := g.Peek(-1) // none: there is no more to say
+			if _, herr := handshake(b, true); herr != nil {
+				err = herr
+			}
 		}
 		f.opts.Handler.Closed(c, int(c.code), err, time.Now())
 	}
@@ -304,7 +316,7 @@ func (f *Fleet) OnTraffic(g gnet.Conn) gnet.Action {
 	}
 	at := 0
 	if c.state == upgrading {
-		n, err := handshake(buf)
+		n, err := handshake(buf, false)
 		if err != nil {
 			f.fail(c, err, now)
 			return gnet.Close
@@ -332,14 +344,19 @@ func (f *Fleet) OnTraffic(g gnet.Conn) gnet.Action {
 	return gnet.None
 }
 
+// fail ends a connection that has not ended yet: an answer that cannot be written ends it first.
 func (f *Fleet) fail(c *Conn, err error, now time.Time) {
+	if c.state == closed {
+		return
+	}
 	code := int(c.code)
 	c.state, c.partial = closed, nil
 	f.opts.Handler.Closed(c, code, err, now)
 }
 
-// handshake returns the length of a complete answer that upgrades, 0 while it is incomplete.
-func handshake(b []byte) (int, error) {
+// handshake returns the length of a complete answer that upgrades, 0 while it is incomplete. The
+// beginning of a refusal's body is waited for, unless the connection has ended.
+func handshake(b []byte, ended bool) (int, error) {
 	s := string(b[:min(len(b), 8<<10)])
 	end := strings.Index(s, "\r\n\r\n")
 	if end < 0 {
@@ -351,7 +368,12 @@ func handshake(b []byte) (int, error) {
 	line, _, _ := strings.Cut(s, "\r\n")
 	if !strings.HasPrefix(line, "HTTP/1.1 101") {
 		body := s[end+4:]
-		return 0, fmt.Errorf("handshake: %s %s", line, body[:min(len(body), 200)])
+		body = body[:min(len(body), maxRefusal)]
+		resp, err := http.ReadResponse(bufio.NewReader(strings.NewReader(s)), nil)
+		if err == nil && !ended && int64(len(body)) < min(resp.ContentLength, maxRefusal) && len(b) < 8<<10 {
+			return 0, nil
+		}
+		return 0, fmt.Errorf("handshake: %s %s", line, body)
 	}
 	// The key is RFC 6455's example, section 1.3.
 	if !strings.Contains(s[:end], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=") {
@@ -382,7 +404,7 @@ func (f *Fleet) frames(c *Conn, b []byte, now time.Time) (int, error) {
 				n = n<<8 | int(x)
 			}
 		}
-		if b[at]&0x70 != 0 || b[at+1]&0x80 != 0 || n < 0 || n > 16<<20 {
+		if b[at]&0x70 != 0 || b[at+1]&0x80 != 0 || n < 0 || n > maxMessage {
 			return at, fmt.Errorf("bad frame from the server: header % x", b[at:at+2])
 		}
 		if len(b)-at < head+n {
@@ -398,9 +420,15 @@ func (f *Fleet) frames(c *Conn, b []byte, now time.Time) (int, error) {
 }
 
 func (f *Fleet) frame(c *Conn, b0 byte, payload []byte, now time.Time) error {
-	fin := b0&0x80 != 0
-	switch b0 & 0x0f {
+	fin, opcode := b0&0x80 != 0, b0&0x0f
+	if opcode >= 8 && (!fin || len(payload) > 125) {
+		return fmt.Errorf("bad frame from the server: opcode %d in pieces, or of %d bytes", opcode, len(payload))
+	}
+	switch opcode {
 	case 1, 2:
+		if c.partial != nil {
+			return errors.New("bad frame from the server: a message within a message")
+		}
 		if !fin {
 			p := append([]byte(nil), payload...)
 			c.partial = &p
@@ -410,6 +438,9 @@ func (f *Fleet) frame(c *Conn, b0 byte, payload []byte, now time.Time) error {
 	case 0:
 		if c.partial == nil {
 			return errors.New("bad frame from the server: a continuation of nothing")
+		}
+		if len(*c.partial)+len(payload) > maxMessage {
+			return fmt.Errorf("bad frame from the server: a message of more than %d bytes", maxMessage)
 		}
 		*c.partial = append(*c.partial, payload...)
 		if fin {
@@ -423,16 +454,16 @@ func (f *Fleet) frame(c *Conn, b0 byte, payload []byte, now time.Time) error {
 			code = int(payload[0])<<8 | int(payload[1])
 		}
 		c.code = uint16(code)
+		c.state = closed // first: a write that fails ends the connection too
 		f.scratch = appendFrame(f.scratch[:0], 8, payload[:min(len(payload), 2)])
 		_, _ = c.g.Write(f.scratch) // the connection ends either way
-		c.state = closed
 		f.opts.Handler.Closed(c, code, nil, now)
 	case 9:
 		f.scratch = appendFrame(f.scratch[:0], 10, payload)
 		return f.Write(c, f.scratch)
 	case 10:
 	default:
-		return fmt.Errorf("bad frame from the server: opcode %d", b0&0x0f)
+		return fmt.Errorf("bad frame from the server: opcode %d", opcode)
 	}
 	return nil
 }

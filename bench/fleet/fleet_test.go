@@ -342,6 +342,8 @@ func TestManyConnections(t *testing.T) {
 	if per := float64(liveHeap()-before) / many; per > 2048 {
 		t.Errorf("%.0f bytes of heap a connection", per)
 	}
+	mu.Lock()
+	defer mu.Unlock()
 	if from["127.0.0.2"] != many/2 || from["127.0.0.3"] != many/2 {
 		t.Errorf("connections came from %v", from)
 	}
