@@ -40,7 +40,7 @@ func PaceGC() (stop func()) {
 	if _, set := os.LookupEnv("GOGC"); set {
 		return func() {}
 	}
-	p := &gcPacer{room: gcRoomMin, last: time.Now(), sample: []metrics.Sample{{Name: "/gc/heap/live:bytes"}}}
+	p := &gcPacer{room: gcRoomMin, last: time.Now(), sample: newGCSample()}
 	before := debug.SetGCPercent(100)
 	p.arm()
 	runtime.GC()
@@ -49,6 +49,8 @@ func PaceGC() (stop func()) {
 		debug.SetGCPercent(before)
 	}
 }
+
+func newGCSample() []metrics.Sample { return []metrics.Sample{{Name: "/gc/heap/live:bytes"}} }
 
 // sentinel dies in every collection.
 type sentinel struct{ p *gcPacer }
