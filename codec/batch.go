@@ -130,6 +130,8 @@ type Upstream struct {
 
 	// Owned by the shard while the record is in flight.
 	Prev, Next *Upstream             // the shard's list, oldest first
+	Same       *Upstream             // retries of this very message, which wait for its result
+	Recent     uint32                // where it is remembered for them; 0: it is not
 	Deadline   int64                 // Unix ms after which the client is told OUTCOME_UNKNOWN
 	Unknown    bool                  // it has been told
 	Reply      chan<- UpstreamResult // the HTTP API waits here, capacity 1; nil otherwise

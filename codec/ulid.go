@@ -3,7 +3,8 @@ package codec
 import "math/rand/v2"
 
 const (
-	ulidLen      = 26
+	// MessageIDLen is the length of a message_id that a gateway makes: a ULID.
+	MessageIDLen = 26
 	ulidAlphabet = "0123456789ABCDEFGHJKMNPQRSTVWXYZ" // Crockford's base 32
 )
 
@@ -31,7 +32,7 @@ func (s *ulidSource) append(dst []byte, now int64) []byte {
 	}
 	ms := uint64(s.lastMS)
 	// 48 bits of time and 80 random ones, 5 to a digit, the first digit of 3.
-	var text [ulidLen]byte
+	var text [MessageIDLen]byte
 	for i := range 10 {
 		text[i] = ulidAlphabet[ms>>(45-5*i)&31]
 	}

@@ -35,7 +35,7 @@ func TestULIDCarries(t *testing.T) {
 	last := ""
 	for range 1000 {
 		id := string(s.append(nil, 5))
-		if id <= last || len(id) != ulidLen {
+		if id <= last || len(id) != MessageIDLen {
 			t.Fatalf("%s follows %s", id, last)
 		}
 		last = id

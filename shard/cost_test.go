@@ -1,6 +1,7 @@
 package shard
 
 import (
+	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
 	"runtime"
@@ -74,6 +75,7 @@ func (q *quiet) settle() {
 
 // upstream is one message in, its result, and the ack out.
 func (q *quiet) upstream(b *codec.Builder, e *codec.IngressBatch) {
+	binary.BigEndian.PutUint32(nameC, binary.BigEndian.Uint32(nameC)+1) // a new message each time
 	u := b.Build(&codec.ClientMessage{Type: typeM, ClientMsgID: nameC, Data: dataOne}, "user", sessionID(0, 1), 1)
 	e.Events = append(e.Events, codec.Event{Kind: codec.EventMessage, Session: sessionID(0, 1), Upstream: u})
 	for i := range e.Events {
@@ -86,7 +88,7 @@ func (q *quiet) upstream(b *codec.Builder, e *codec.IngressBatch) {
 	q.settle()
 }
 
-var typeM, nameC, dataOne = []byte("m"), []byte("c"), []byte("1")
+var typeM, nameC, dataOne = []byte("m"), []byte("0000"), []byte("1")
 
 // TestUpstreamPathDoesNotAllocate: message, admission, result, ack, beyond what building the record costs.
 func TestUpstreamPathDoesNotAllocate(t *testing.T) {

@@ -14,6 +14,7 @@ import (
 // metrics are shared by the shards of a Set; every counter may be raised from any goroutine.
 type metrics struct {
 	opened, closed, degraded, expired, slow, panics, orphans, unknown prometheus.Counter
+	retries, recentUser, recentNode                                   prometheus.Counter
 	presenceDropped, presenceSkipped, presenceFull                    prometheus.Counter
 	ingressFull, upstreamFull, heartbeats                             prometheus.Counter
 	deliveries                                                        prometheus.Counter
@@ -59,6 +60,7 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 		unknown:         counter("ack_deadlines_total", "Records that had no result by the ack deadline."),
 		stored:          counter("stored_total", "Records that Kafka has acknowledged."),
 		late:            counter("stored_late_total", "Those of them that came after OUTCOME_UNKNOWN."),
+		retries:         counter("retries_total", "Messages sent again under the same name, answered as the first was."),
 		presenceDropped: counter("presence_dropped_total", "Presence operations dropped because too many were waiting."),
 		presenceSkipped: counter("presence_skipped_total", "Presence refreshes left out because the one before was still waiting."),
 		presenceFull:    counter("presence_full_total", "Times that presence operations had to wait in a shard."),
@@ -85,6 +87,12 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 	for _, code := range refusals {
 		m.refused[code] = refused.WithLabelValues(string(code))
 	}
+	forgotten := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "im_gateway_shard_recent_evicted_total",
+		Help: "Messages that were forgotten, for retries, before their time: the user sent too many after it, or the node is full.",
+	}, []string{"by"})
+	register(forgotten)
+	m.recentUser, m.recentNode = forgotten.WithLabelValues("user"), forgotten.WithLabelValues("node")
 	gauge := func(name, help string, f func(*shard) int64) {
 		register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "im_gateway_shard_" + name, Help: help},
 			func() float64 {
@@ -135,6 +143,7 @@ func (m *metrics) refuse(code codec.Code) {
 // each message or ping would wait for every write before it.
 type counts struct {
 	stored, late, inFlight, heartbeats int
+	recentUser, recentNode             int
 	ends                               [codec.NumEnds]int
 }
 
@@ -148,6 +157,8 @@ func (s *shard) flushCounts() {
 	add(m.stored, &c.stored)
 	add(m.late, &c.late)
 	add(m.heartbeats, &c.heartbeats)
+	add(m.recentUser, &c.recentUser)
+	add(m.recentNode, &c.recentNode)
 	for end := range c.ends {
 		add(m.ends[end], &c.ends[end])
 	}

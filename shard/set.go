@@ -46,6 +46,7 @@ type Options struct {
 	EgressBudget       int           // bytes that may wait for one session
 	MaxMessageBytes    int           // told to clients
 	MaxSessionInFlight int           // upstream messages without a result, per session; 256
+	RecentMessages     int           // names of accepted messages remembered for retries; 0: none
 
 	Egress    Egress
 	Publisher Publisher
@@ -84,6 +85,8 @@ func (o *Options) validate() error {
 		return fmt.Errorf("egress budget: %d bytes, must be 1 to %d", o.EgressBudget, maxEgressBudget)
 	case o.MaxSessionInFlight < 1 || o.MaxSessionInFlight > maxSessionInFlight:
 		return fmt.Errorf("messages in flight per session: %d, must be 1 to %d", o.MaxSessionInFlight, maxSessionInFlight)
+	case o.RecentMessages < 0:
+		return fmt.Errorf("remembered messages: %d, must not be negative", o.RecentMessages)
 	case o.Egress == nil || o.Publisher == nil || o.Presence == nil || o.Events == nil ||
 		o.Replaced == nil || o.Registerer == nil:
 		return errors.New("a port is missing")

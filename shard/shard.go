@@ -54,6 +54,7 @@ type shard struct {
 	out         []outbox
 	up          *codec.UpstreamBatch // admitted, not sent yet
 	flight      flight
+	recent      recent
 	backlogs    map[ref]*backlog
 	handling    codec.Delivery // taken in, neither ended nor handed on yet
 	ends        []ownerEnds
@@ -89,6 +90,7 @@ func newShard(set *Set, index int, m *metrics) *shard {
 		out:            make([]outbox, o.Loops),
 		up:             &codec.UpstreamBatch{Shard: index},
 		backlogs:       map[ref]*backlog{},
+		recent:         newRecent(o.RecentMessages / o.Shards),
 	}
 	return s
 }

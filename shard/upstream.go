@@ -46,8 +46,17 @@ func (s *shard) onMessage(u *codec.Upstream) {
 		return
 	}
 	ses.in++
+	again := s.recent.find(u, s.now)
+	if again != nil && again.flight == nil {
+		s.answerAgain(ses, u, again)
+		return
+	}
 	code, retry := codec.Overloaded, int32(0)
 	if int(ses.inFlight) < s.opts.MaxSessionInFlight {
+		if again != nil {
+			s.answerAgain(ses, u, again)
+			return
+		}
 		code, retry = s.admit(u)
 	}
 	if code != codec.OK {
@@ -62,6 +71,9 @@ func (s *shard) onMessage(u *codec.Upstream) {
 func (s *shard) accept(u *codec.Upstream) {
 	u.Deadline = s.now + s.opts.AckDeadline.Milliseconds()
 	s.flight.add(u)
+	ofUser, ofNode := s.recent.add(u, s.now)
+	s.counts.recentUser += ofUser
+	s.counts.recentNode += ofNode
 	s.counts.inFlight++
 	s.up.Records = append(s.up.Records, u)
 }
@@ -105,6 +117,10 @@ func (s *shard) admit(u *codec.Upstream) (code codec.Code, retryAfterMS int32) {
 // onPublish accepts or refuses a message of the HTTP API.
 func (s *shard) onPublish(u *codec.Upstream) {
 	s.current = 0
+	if again := s.recent.find(u, s.now); again != nil {
+		s.answerAgain(nil, u, again)
+		return
+	}
 	if code, retry := s.admit(u); code != codec.OK {
 		s.metrics.refuse(code)
 		u.Reply <- codec.UpstreamResult{Code: code, RetryAfterMS: retry}
@@ -122,9 +138,7 @@ func (s *shard) onResults(b *codec.UpstreamBatch) {
 	s.forEach(len(b.Records), func(i int) {
 		u := b.Records[i]
 		s.current = u.Session
-		if !u.Unknown {
-			s.flight.remove(u)
-		}
+		s.recent.settled(u)
 		s.counts.inFlight--
 		if u.Result.Code == codec.OK {
 			s.counts.stored++
@@ -133,12 +147,24 @@ func (s *shard) onResults(b *codec.UpstreamBatch) {
 			}
 		}
 		s.answer(u)
+		for again := u.Same; again != nil; {
+			next := again.Same
+			again.Result, again.MessageID = u.Result, append(again.MessageID[:0], u.MessageID...)
+			s.current = again.Session
+			s.answer(again)
+			again.Release()
+			again = next
+		}
 		u.Release()
 	}, nil)
 	clear(b.Records)
 }
 
+// answer tells the sender of a record its result.
 func (s *shard) answer(u *codec.Upstream) {
+	if !u.Unknown {
+		s.flight.remove(u)
+	}
 	if u.Reply != nil {
 		if !u.Unknown {
 			s.reply(u, u.Result)
@@ -160,6 +186,11 @@ func (s *shard) answer(u *codec.Upstream) {
 		}
 		return
 	}
+	s.acknowledge(ses, u)
+}
+
+// acknowledge tells a session that its message is stored, where that has a name.
+func (s *shard) acknowledge(ses *session, u *codec.Upstream) {
 	if len(u.ClientMsgID) == 0 {
 		return
 	}
