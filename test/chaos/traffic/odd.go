@@ -388,3 +388,10 @@ func (o *Odd) readFlood(ctx context.Context, s *session) {
 		}
 	}
 }
+
+// LogTo adds the user to the log as one who received nothing and whose connection ended now: of the
+// records for the user, those without an end then count as lost in the socket.
+func (o *Odd) LogTo(log *Log, user string) {
+	s := o.Seen()
+	log.Client(ClientLog{User: user}).disconnect(Disconnect{Code: s.CloseCode, Err: s.Err, At: time.Now()})
+}
