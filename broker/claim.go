@@ -46,6 +46,11 @@ type claim struct {
 	backoff time.Duration // of the next retry; 0: the last attempt succeeded
 	retry   *time.Timer
 
+	asking  []route                 // users to be looked up
+	looking chan []route            // to the goroutine that does
+	again   []codec.Delivery        // for users that came meanwhile
+	retried map[codec.Delivery]bool // of them: they are not looked up and delivered to for ever
+
 	ends   [][]codec.Ended // swapped with the inbox
 	stored []sideResult
 
@@ -62,9 +67,11 @@ func newClaim(c *Consumer, session sarama.ConsumerGroupSession, in sarama.Consum
 		first:   true,
 		byShard: make([]*codec.DeliveryBatch, c.shards),
 		retry:   time.NewTimer(time.Hour),
-		lag:     c.metrics.lag.WithLabelValues(partition),
-		age:     c.metrics.age.WithLabelValues(partition),
-		open:    c.metrics.open.WithLabelValues(partition),
+		looking: make(chan []route),
+		retried: map[codec.Delivery]bool{},
+		lag:     c.metrics.lag.WithLabelValues(in.Topic(), partition),
+		age:     c.metrics.age.WithLabelValues(in.Topic(), partition),
+		open:    c.metrics.open.WithLabelValues(in.Topic(), partition),
 	}
 	k.retry.Stop()
 	c.claims.Add(1)
@@ -76,8 +83,15 @@ func (k *claim) close() {
 		k.c.idle.Add(-1)
 	}
 	k.c.claims.Add(-1)
+	k.c.active.Store(time.Now().UnixMilli())
 	k.retry.Stop()
 	k.inbox.close()
+	if k.c.adopted {
+		for _, g := range []*prometheus.GaugeVec{k.c.metrics.lag, k.c.metrics.age, k.c.metrics.open} {
+			g.DeletePartialMatch(prometheus.Labels{"topic": k.topic})
+		}
+		return
+	}
 	k.age.Set(0)
 	k.open.Set(0)
 }
@@ -87,6 +101,9 @@ func (k *claim) run() error {
 	ctx := k.session.Context()
 	if !k.begin(ctx) {
 		return nil
+	}
+	if k.c.opts.Locate != nil {
+		go k.locate(ctx)
 	}
 	tick := time.NewTicker(gaugeInterval)
 	defer tick.Stop()
@@ -110,6 +127,15 @@ func (k *claim) run() error {
 		if len(k.backlog) > 0 {
 			side, head = k.c.producer.side, k.backlog[0]
 		}
+		var look chan<- []route
+		if len(k.asking) > 0 {
+			look = k.looking
+		}
+		if len(k.again) > 0 {
+			if err := k.deliverAgain(ctx); err != nil {
+				return k.undispatched(ctx, err)
+			}
+		}
 		select {
 		case <-ctx.Done():
 			k.settle() // what has ended by now is committed and not read again
@@ -120,11 +146,10 @@ func (k *claim) run() error {
 				return nil
 			}
 			if err := k.take(ctx, m); err != nil {
-				if ctx.Err() != nil {
-					return nil
-				}
-				return fmt.Errorf("dispatch of partition %d: %w", k.partition, err)
+				return k.undispatched(ctx, err)
 			}
+		case look <- k.takeAsking():
+			k.asking = append([]route(nil), k.asking[len(k.takeAsking()):]...)
 		case <-k.inbox.notify:
 			k.settle()
 		case side <- head:
@@ -136,10 +161,23 @@ func (k *claim) run() error {
 			k.failed = k.failed[:0]
 		case <-tick.C:
 			k.gauge()
+			if k.window.full() {
+				if err := k.giveUp(ctx); err != nil {
+					return k.undispatched(ctx, err)
+				}
+			}
 		case <-drain:
 			drain, draining = nil, true
 		}
 	}
+}
+
+// undispatched is what run returns when a shard could not be reached.
+func (k *claim) undispatched(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	return fmt.Errorf("dispatch of partition %d: %w", k.partition, err)
 }
 
 // begin waits until dispatching may begin; false: the session ended before.
@@ -182,43 +220,30 @@ func (k *claim) take(ctx context.Context, m *sarama.ConsumerMessage) error {
 			break // nothing there now, or the claim has ended and the next receive says so
 		}
 	}
-	for shard, b := range k.byShard {
-		if b == nil {
-			continue
-		}
-		k.byShard[shard] = nil
-		if err := k.c.dispatch(ctx, shard, b); err != nil {
-			return err
-		}
-	}
-	return nil
+	return k.send(ctx, false)
 }
 
 func (k *claim) read(m *sarama.ConsumerMessage, now int64) {
 	k.c.metrics.records.Inc()
-	k.window.add(m.Offset, len(m.Key)+len(m.Value), now)
+	k.c.active.Store(now)
 	d, err := codec.ParseDownstream(m.Key, m.Value, m.Topic, m.Partition, m.Offset)
+	k.window.add(d, m.Offset, len(m.Key)+len(m.Value), now)
 	if err != nil {
 		k.backlog = append(k.backlog, k.deadLetter(m, err))
 		return
 	}
 	d.Frame = codec.AppendDownstreamFrame(nil, d, now)
-	d.Owner, d.Pending = k.inbox, len(d.Targets)
+	d.Owner, d.Pending, d.Forwarded = k.inbox, len(d.Targets), forwarded(m.Headers)
 	k.c.metrics.targets.Add(float64(len(d.Targets)))
 	for i, target := range d.Targets {
-		shard := codec.ShardOf(target, k.c.shards)
-		b := k.byShard[shard]
-		if b == nil {
-			b = new(codec.DeliveryBatch)
-			k.byShard[shard] = b
-		}
-		b.Deliveries = append(b.Deliveries, codec.Delivery{Record: d, Target: int32(i)})
+		k.put(codec.ShardOf(target, k.c.shards), codec.Delivery{Record: d, Target: int32(i)})
 	}
 }
 
 // settle takes what has ended.
 func (k *claim) settle() {
-	k.ends, k.stored = k.inbox.take(k.ends, k.stored)
+	var routes []route
+	k.ends, k.stored, routes = k.inbox.take(k.ends, k.stored)
 	for i, batch := range k.ends {
 		for _, e := range batch {
 			k.end(e)
@@ -229,6 +254,9 @@ func (k *claim) settle() {
 		k.sideDone(s)
 		k.stored[i] = sideResult{}
 	}
+	for _, r := range routes {
+		k.routed(r)
+	}
 	if low, ok := k.window.low(); ok && low > k.marked {
 		k.marked = low
 		k.session.MarkOffset(k.topic, k.partition, low, "")
@@ -237,14 +265,26 @@ func (k *claim) settle() {
 }
 
 func (k *claim) end(e codec.Ended) {
+	if len(k.retried) > 0 && e.End != codec.EndNone && e.End != codec.EndOffline {
+		delete(k.retried, e.Delivery)
+	}
 	switch {
+	case e.End == codec.EndNone:
+		e.Record.Pending += int(e.Sessions) - 1
+		k.c.metrics.targets.Add(float64(e.Sessions - 1))
+		if e.Elsewhere && k.c.opts.Locate != nil {
+			e.Record.Pending++
+			k.ask(e.Delivery, true)
+		}
 	case e.End == codec.EndDelivered:
 		k.finish(e.Record, e.End)
+	case e.End == codec.EndOffline && k.c.opts.Locate != nil:
+		k.ask(e.Delivery, false)
 	case e.End > codec.EndDelivered && e.End < codec.NumEnds:
-		k.backlog = append(k.backlog, k.undelivered(e))
+		k.backlog = append(k.backlog, k.undelivered(e, ""))
 	default: // no shard says so; yet nothing vanishes
 		e.End = codec.EndUnacked
-		k.backlog = append(k.backlog, k.undelivered(e))
+		k.backlog = append(k.backlog, k.undelivered(e, ""))
 	}
 }
 
@@ -271,6 +311,12 @@ func (k *claim) sideDone(s sideResult) {
 		return
 	}
 	k.c.producer.metrics.sideFailed.Inc()
+	if r.end == codec.EndForwarded { // perhaps it is stored: im-logic sees the same message_id twice then
+		k.backlog = append(k.backlog, k.undelivered(codec.Ended{
+			Delivery: codec.Delivery{Record: r.record, Target: r.target}, End: codec.EndMoved,
+		}, r.gateway))
+		return
+	}
 	if classify(s.err) == codec.MessageTooLarge {
 		if r.tooLarge++; r.tooLarge == omitAfter {
 			k.c.log.Error().Str("topic", r.topic).Int32("partition", k.partition).Int("bytes", len(r.value)).
@@ -288,10 +334,14 @@ func (k *claim) sideDone(s sideResult) {
 	}
 }
 
-// undelivered is the record that tells im-logic of a delivery that did not reach its target.
-func (k *claim) undelivered(e codec.Ended) *sideRecord {
+// undelivered is the record that tells im-logic of a delivery that did not reach its target. present
+// is the gateway that the user is on, where that is known.
+func (k *claim) undelivered(e codec.Ended, present string) *sideRecord {
 	d := e.Record
 	headers := make([]sarama.RecordHeader, 0, sideHeaders)
+	if present != "" {
+		headers = append(headers, sarama.RecordHeader{Key: headerPresent, Value: []byte(present)})
+	}
 	return &sideRecord{
 		topic: k.c.opts.UndeliveredTopic,
 		key:   []byte(d.Targets[e.Target]),
@@ -325,6 +375,9 @@ func (k *claim) deadLetter(m *sarama.ConsumerMessage, reason error) *sideRecord 
 
 func (k *claim) gauge() {
 	k.open.Set(float64(k.window.open))
+	if k.window.open > 0 {
+		k.c.active.Store(time.Now().UnixMilli())
+	}
 	var age float64
 	if ms := k.window.oldestMS(); ms > 0 {
 		age = time.Since(time.UnixMilli(ms)).Seconds()

@@ -51,6 +51,8 @@ type Consumer struct {
 	left      chan struct{} // closed by Stop: leave the group
 	done      chan struct{} // closed by Run
 
+	adopted   bool         // the topic is another gateway's
+	active    atomic.Int64 // Unix ms when a record was read or open last, or a claim began or ended
 	inSession atomic.Bool
 	claims    atomic.Int32 // claims that are running
 	idle      atomic.Int32 // of these, told to drain and with nothing open
@@ -93,6 +95,32 @@ func NewConsumer(opts Options, producer *Producer, shards int,
 		c.ends[end] = c.metrics.ends.WithLabelValues(end.String())
 	}
 	return c, nil
+}
+
+// Adopt returns a consumer of another gateway's topic, which is read in its stead: under its group and
+// its member's id. What it shares with c is c's to close. beforeJoin is as NewConsumer's.
+func (c *Consumer) Adopt(gatewayID string, beforeJoin func(context.Context) error) *Consumer {
+	opts := c.opts
+	opts.GatewayID, opts.Begin = gatewayID, nil
+	return &Consumer{
+		opts: opts, producer: c.producer, dispatch: c.dispatch, beforeJoin: beforeJoin, shards: c.shards,
+		log:     opts.Logger,
+		link:    newLink(),
+		metrics: c.metrics, ends: c.ends,
+		ready:    make(chan struct{}),
+		draining: make(chan struct{}),
+		left:     make(chan struct{}),
+		done:     make(chan struct{}),
+		adopted:  true,
+	}
+}
+
+// Quiet is how long the topic has had nothing to read, while it was read; 0: it is not read at present.
+func (c *Consumer) Quiet() time.Duration {
+	if !c.inSession.Load() || c.claims.Load() == 0 {
+		return 0
+	}
+	return time.Since(time.UnixMilli(c.active.Load()))
 }
 
 // Ready is closed once the group is joined and partitions are claimed.
@@ -275,6 +303,7 @@ var _ sarama.ConsumerGroupHandler = (*handler)(nil)
 func (h *handler) Setup(s sarama.ConsumerGroupSession) error {
 	c := h.c
 	n := len(s.Claims()[c.opts.DownstreamTopic()])
+	c.active.Store(time.Now().UnixMilli())
 	c.inSession.Store(true)
 	c.metrics.sessions.Inc()
 	c.log.Info().Str("topic", c.opts.DownstreamTopic()).Int("partitions", n).Int32("generation", s.GenerationID()).

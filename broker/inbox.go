@@ -16,6 +16,7 @@ type inbox struct {
 	closed bool
 	ends   [][]codec.Ended
 	stored []sideResult
+	routes []route
 }
 
 // sideResult is the answer to one attempt to store a side record.
@@ -45,6 +46,15 @@ func (b *inbox) sideDone(r *sideRecord, err error) {
 	b.wake()
 }
 
+func (b *inbox) located(routes []route) {
+	b.mu.Lock()
+	if !b.closed {
+		b.routes = append(b.routes, routes...)
+	}
+	b.mu.Unlock()
+	b.wake()
+}
+
 func (b *inbox) wake() {
 	select {
 	case b.notify <- struct{}{}:
@@ -52,17 +62,18 @@ func (b *inbox) wake() {
 	}
 }
 
-// take swaps what has come for the two empty lists, which are used for what comes next.
-func (b *inbox) take(ends [][]codec.Ended, stored []sideResult) ([][]codec.Ended, []sideResult) {
+// take swaps what has come for the two empty lists, which are used for what comes next, and takes the
+// users that were looked up.
+func (b *inbox) take(ends [][]codec.Ended, stored []sideResult) ([][]codec.Ended, []sideResult, []route) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	e, s := b.ends, b.stored
-	b.ends, b.stored = ends[:0], stored[:0]
-	return e, s
+	e, s, r := b.ends, b.stored, b.routes
+	b.ends, b.stored, b.routes = ends[:0], stored[:0], nil
+	return e, s, r
 }
 
 func (b *inbox) close() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.closed, b.ends, b.stored = true, nil, nil
+	b.closed, b.ends, b.stored, b.routes = true, nil, nil, nil
 }

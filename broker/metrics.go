@@ -24,8 +24,8 @@ func counters(name, help, label string) *prometheus.CounterVec {
 	return prometheus.NewCounterVec(prometheus.CounterOpts{Name: "im_gateway_" + name, Help: help}, []string{label})
 }
 
-func gauges(name, help, label string) *prometheus.GaugeVec {
-	return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "im_gateway_" + name, Help: help}, []string{label})
+func gauges(name, help string, labels ...string) *prometheus.GaugeVec {
+	return prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "im_gateway_" + name, Help: help}, labels)
 }
 
 func gauge(name, help string, f func() float64) prometheus.GaugeFunc {
@@ -95,6 +95,7 @@ func newProducerMetrics(p *Producer, r prometheus.Registerer) (producerMetrics, 
 // consumerMetrics are the consumer's.
 type consumerMetrics struct {
 	records, targets, deadLetters, marks, sessions prometheus.Counter
+	lookupsFailed                                  prometheus.Counter
 	ends                                           *prometheus.CounterVec
 	lag, age, open                                 *prometheus.GaugeVec
 }
@@ -102,15 +103,17 @@ type consumerMetrics struct {
 func newConsumerMetrics(r prometheus.Registerer) (consumerMetrics, error) {
 	m := consumerMetrics{
 		records:     counter("consumer_records_total", "Downstream records read."),
-		targets:     counter("consumer_targets_total", "Deliveries dispatched: one per record and target."),
+		targets:     counter("consumer_targets_total", "Deliveries: one per record, target and session, or per record and target without one; each ends once."),
 		deadLetters: counter("consumer_dead_letters_total", "Records that could not be parsed, stored as dead letters."),
-		marks:       counter("consumer_offsets_marked_total", "Times that a partition's offset to commit moved on; it is committed within a second."),
-		sessions:    counter("consumer_sessions_total", "Times that the consumer group was joined."),
+		lookupsFailed: counter("consumer_lookups_failed_total",
+			"Users who are not here and could not be looked up; their records are undelivered, as moved."),
+		marks:    counter("consumer_offsets_marked_total", "Times that a partition's offset to commit moved on; it is committed within a second."),
+		sessions: counter("consumer_sessions_total", "Times that the consumer group was joined."),
 		ends: counters("consumer_ends_total",
-			"Deliveries that ended, by how: delivered, or the reason on the undelivered topic.", "end"),
-		lag:  gauges("consumer_lag_records", "Records of the partition that are not committed yet, read or not.", "partition"),
-		age:  gauges("consumer_oldest_open_seconds", "Since the partition's oldest record that has not ended was read.", "partition"),
-		open: gauges("consumer_open_records", "Records read and not ended.", "partition"),
+			"Deliveries that ended, by how: delivered, forwarded, or the reason on the undelivered topic.", "end"),
+		lag:  gauges("consumer_lag_records", "Records of the partition that are not committed yet, read or not.", "topic", "partition"),
+		age:  gauges("consumer_oldest_open_seconds", "Since the partition's oldest record that has not ended was read.", "topic", "partition"),
+		open: gauges("consumer_open_records", "Records read and not ended.", "topic", "partition"),
 	}
-	return m, register(r, m.records, m.targets, m.deadLetters, m.marks, m.sessions, m.ends, m.lag, m.age, m.open)
+	return m, register(r, m.records, m.targets, m.deadLetters, m.marks, m.sessions, m.lookupsFailed, m.ends, m.lag, m.age, m.open)
 }

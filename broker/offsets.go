@@ -1,6 +1,10 @@
 package broker
 
-import "sort"
+import (
+	"sort"
+
+	"im-gateway/codec"
+)
 
 const windowInitial = 256
 
@@ -19,6 +23,7 @@ type window struct {
 }
 
 type windowEntry struct {
+	record *codec.Downstream // nil: it could not be parsed
 	offset int64
 	readMS int64
 	size   int32
@@ -45,7 +50,7 @@ func (w *window) at(i int) *windowEntry {
 }
 
 // add notes a record that was read; offsets ascend. The window must not be full.
-func (w *window) add(offset int64, size int, nowMS int64) {
+func (w *window) add(record *codec.Downstream, offset int64, size int, nowMS int64) {
 	if w.count == len(w.ring) {
 		ring := make([]windowEntry, min(2*len(w.ring), w.maxRecords))
 		for i := range w.count {
@@ -54,7 +59,7 @@ func (w *window) add(offset int64, size int, nowMS int64) {
 		w.ring, w.head = ring, 0
 	}
 	w.count++
-	*w.at(w.count - 1) = windowEntry{offset: offset, size: int32(size), readMS: nowMS}
+	*w.at(w.count - 1) = windowEntry{record: record, offset: offset, size: int32(size), readMS: nowMS}
 	w.bytes += size
 	w.open++
 	w.next = offset + 1
@@ -67,7 +72,7 @@ func (w *window) done(offset int64) bool {
 	if i == w.count || w.at(i).offset != offset || w.at(i).done {
 		return false
 	}
-	w.at(i).done = true
+	w.at(i).done, w.at(i).record = true, nil
 	w.open--
 	for w.count > 0 && w.at(0).done {
 		w.bytes -= int(w.at(0).size)
@@ -78,6 +83,20 @@ func (w *window) done(offset int64) bool {
 		w.count--
 	}
 	return true
+}
+
+// overdue returns the oldest records that have not ended and were read before the given time, at most n.
+func (w *window) overdue(beforeMS int64, n int) (list []*codec.Downstream) {
+	for i := 0; i < w.count && len(list) < n; i++ {
+		e := w.at(i)
+		if e.readMS > beforeMS {
+			break
+		}
+		if !e.done && e.record != nil {
+			list = append(list, e.record)
+		}
+	}
+	return list
 }
 
 // low is the offset to commit: everything before it has ended. ok is false before the first record.

@@ -23,7 +23,7 @@ func TestWindowAgainstAModel(t *testing.T) {
 			if r.IntN(2) == 0 && !w.full() {
 				next += 1 + max(0, r.Int64N(4)-2) // mostly without gaps
 				size := r.IntN(100)
-				w.add(next, size, next+1)
+				w.add(nil, next, size, next+1)
 				model = append(model, entry{offset: next, size: size})
 			} else if len(model) > 0 {
 				i := r.IntN(len(model))
@@ -78,7 +78,7 @@ func TestWindowHotPathDoesNotAllocate(t *testing.T) {
 	w := newWindow(1000, 1<<20)
 	var offset int64
 	if n := testing.AllocsPerRun(10_000, func() {
-		w.add(offset, 10, 1)
+		w.add(nil, offset, 10, 1)
 		w.done(offset)
 		offset++
 	}); n != 0 {
@@ -91,7 +91,7 @@ func BenchmarkWindow(b *testing.B) {
 	b.ReportAllocs()
 	var next, ended int64
 	for b.Loop() {
-		w.add(next, 10, 1)
+		w.add(nil, next, 10, 1)
 		next++
 		if next-ended >= 5000 {
 			w.done(ended)

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -108,6 +109,12 @@ type Options struct {
 	// Begin, when not nil, holds the dispatching of downstream records back until it is closed; the
 	// group is joined before.
 	Begin <-chan struct{}
+
+	// Locate says where users are who have no session here, one answer per user, in their order; nil:
+	// nothing is forwarded. It is called from several goroutines and may block until ctx ends.
+	Locate func(ctx context.Context, users []string) []Located
+	// Alive tells whether a gateway reads its topic, so that forwarding to it makes sense.
+	Alive func(gatewayID string) bool
 
 	// Topics that EnsureTopics creates. A replication of 0 is the brokers' default.
 	CreateShared          bool

@@ -9,7 +9,7 @@ import (
 const (
 	sideQueue   = 1024
 	eventsQueue = 8192
-	sideHeaders = 5
+	sideHeaders = 6
 )
 
 // sideRecord is something that the gateway itself writes. Its owner makes it, hands it over by
@@ -26,8 +26,10 @@ type sideRecord struct {
 	// The owner's own.
 	record   *codec.Downstream // undelivered: the record, and how its delivery ended
 	end      codec.End
-	offset   int64 // dead letter
-	tooLarge int   // attempts refused for their size
+	target   int32  // of the record's, that was forwarded
+	gateway  string // to which it was forwarded
+	offset   int64  // dead letter
+	tooLarge int    // attempts refused for their size
 }
 
 // message is the record for one attempt: sarama still reads a field of one that failed.

@@ -22,6 +22,8 @@ var (
 	headerPartition   = []byte("source_partition")
 	headerOffset      = []byte("source_offset")
 	headerOmitted     = []byte("value_omitted")
+	headerHop         = []byte("im-hop")
+	headerPresent     = []byte("present_gateway")
 )
 
 const (

@@ -14,6 +14,7 @@ const (
 	EventMessage                      // Upstream is set
 	EventRefresh                      // Value is the new token's expiry, Unix milliseconds
 	EventFlushed                      // Value is the Position handed to the kernel so far
+	EventAcked                        // Value is the delivery_id up to which the client has everything
 	EventClose                        // Code and Reason are set; the slot's generation has ended
 )
 
@@ -33,6 +34,9 @@ type Open struct {
 	User        string // the authenticated user's id
 	ExpiresAt   int64  // when the token expires, Unix milliseconds
 	ConnectedAt int64  // Unix milliseconds
+	Acks        bool   // the client acknowledges deliveries
+	DeviceID    string // empty: the client has not named its device
+	Device      string // the kind of device; may be empty
 }
 
 // IngressBatch is what one event loop has for one shard. Its order is the order of arrival.
@@ -160,7 +164,8 @@ type UpstreamBatch struct {
 // End says how the delivery of one record to one target ended.
 type End uint8
 
-// The ends; the names of all but EndDelivered are the reason header on the undelivered topic.
+// The ends; the names of all but EndDelivered and EndForwarded are the reason header on the undelivered
+// topic.
 const (
 	EndNone End = iota
 	EndDelivered
@@ -170,10 +175,11 @@ const (
 	EndUnacked
 	EndExpired
 	EndShutdown
+	EndForwarded // handed on to the gateway that the user is on
 	NumEnds
 )
 
-var endNames = [NumEnds]string{"none", "delivered", "offline", "moved", "slow_consumer", "unacked", "expired", "shutdown"}
+var endNames = [NumEnds]string{"none", "delivered", "offline", "moved", "slow_consumer", "unacked", "expired", "shutdown", "forwarded"}
 
 func (e End) String() string { return endNames[e] }
 
@@ -191,17 +197,21 @@ type Downstream struct {
 	TraceID    string
 	Data       []byte // valid JSON
 	ExpireAt   int64  // Unix ms; 0: never
+	Timestamp  int64  // the sender's, Unix ms; 0: none
+	DeviceID   string // only sessions of this device; empty: all of the user's
+	Forwarded  bool   // it was forwarded to this gateway, and is not forwarded again
 	Kick       bool   // Type is "kick": close the targets' sessions
 	KickReason string
 	Frame      []byte // the client frame, im.json.v1, encoded once for all targets
 
 	// Owner is told of the ends; nil: nobody is (a gRPC Push uses its own).
 	Owner EndSink
-	// Pending counts the targets that have not ended; the Owner's own.
+	// Pending counts what has not ended, of one for each target and session; the Owner's own.
 	Pending int
 }
 
-// EndSink takes the ends of deliveries, a batch at a time. The batch becomes the sink's.
+// EndSink takes the ends of deliveries, a batch at a time and in their order. The batch becomes the
+// sink's.
 type EndSink interface {
 	// Ends is called by a shard and must not block.
 	Ends([]Ended)
@@ -213,13 +223,19 @@ type Delivery struct {
 	Target int32
 }
 
-// Ended is a Delivery and how it ended.
+// Ended is a Delivery and how it ended. With EndNone it says instead, before any end, that the
+// delivery goes to several sessions, each of which has an end of its own.
 type Ended struct {
 	Delivery
-	End End
+	Sessions  int32 // EndNone: how many there are here
+	End       End
+	Elsewhere bool // EndNone: the user has sessions on other gateways besides
 }
 
 // DeliveryBatch is what a consumer has for one shard.
 type DeliveryBatch struct {
 	Deliveries []Delivery
+	// GiveUp: the deliveries were handed over before, and have taken too long; what is still open
+	// of them is to end now.
+	GiveUp bool
 }

@@ -13,6 +13,7 @@ const (
 const (
 	MaxNameLen   = 128 // a user id, a client's name for a message
 	MaxTypeLen   = 64
+	MaxKindLen   = 32 // of a kind of device
 	maxTraceText = 55 // of a W3C traceparent
 )
 
@@ -48,6 +49,7 @@ type ClientMessage struct {
 	TraceID     []byte // 32 lower-case hex digits, from trace_id or traceparent; empty: none
 	Token       []byte // of refresh-token
 	DeliveryID  int64  // of delivery-ack
+	DeviceID    string // of the session, set by its owner and not by ParseClient; empty: none was named
 }
 
 // ParseClient reads a client frame, which must be valid UTF-8. An error is a *ParseError; even then
@@ -185,6 +187,16 @@ func hasControl[T string | []byte](s T) bool {
 		}
 	}
 	return false
+}
+
+// ValidKind tells whether s may name a kind of device: 1 to 32 of a-z 0-9 _ -.
+func ValidKind[T string | []byte](s T) bool {
+	for i := range len(s) {
+		if c := s[i]; (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '_' && c != '-' {
+			return false
+		}
+	}
+	return len(s) >= 1 && len(s) <= MaxKindLen
 }
 
 // ValidName tells whether s may name a user or a message: 1 to 128 bytes of UTF-8 without control

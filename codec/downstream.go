@@ -18,6 +18,7 @@ var (
 	errRecordUser    = &ParseError{InvalidMessage, "a target must be a string of 1 to 128 bytes without control characters"}
 	errRecordData    = &ParseError{InvalidMessage, "data is missing"}
 	errRecordType    = &ParseError{InvalidMessage, "type must be a string of 1 to 64 bytes"}
+	errRecordDevice  = &ParseError{InvalidMessage, "device_id must be a string of 1 to 128 bytes without control characters"}
 	errRecordExpires = &ParseError{InvalidMessage, "expire_at must be a number of milliseconds"}
 )
 
@@ -93,6 +94,14 @@ func readRecord(value []byte, d *Downstream) (f recordFields, err error) {
 			if s, ok := stringValue(o.value); ok {
 				d.TraceID = string(s)
 			}
+		case o.is("device_id"):
+			s, ok := stringValue(o.value)
+			if !ok || !ValidName(s) {
+				return f, errRecordDevice
+			}
+			d.DeviceID = string(s)
+		case o.is("timestamp"):
+			d.Timestamp, _ = intValue(o.value) // for those behind another gateway; nothing here depends on it
 		case o.is("expire_at"):
 			ms, ok := intValue(o.value)
 			if !ok {
@@ -161,6 +170,37 @@ func appendTargets(list []string, array []byte) ([]string, error) {
 		}
 	}
 	return list, nil
+}
+
+// AppendForward appends the record that hands d on to another gateway for one of its targets.
+func AppendForward(dst []byte, d *Downstream, target string) []byte {
+	dst = append(dst, `{"target_user_id":`...)
+	dst = AppendQuoted(dst, target)
+	if d.DeviceID != "" {
+		dst = append(dst, `,"device_id":`...)
+		dst = AppendQuoted(dst, d.DeviceID)
+	}
+	dst = append(dst, `,"type":`...)
+	dst = AppendQuoted(dst, d.Type)
+	dst = append(dst, `,"message_id":`...)
+	dst = AppendQuoted(dst, d.MessageID)
+	if d.TraceID != "" {
+		dst = append(dst, `,"trace_id":`...)
+		dst = AppendQuoted(dst, d.TraceID)
+	}
+	if d.ExpireAt != 0 {
+		dst = append(dst, `,"expire_at":`...)
+		dst = strconv.AppendInt(dst, d.ExpireAt, 10)
+	}
+	if d.Timestamp != 0 {
+		dst = append(dst, `,"timestamp":`...)
+		dst = strconv.AppendInt(dst, d.Timestamp, 10)
+	}
+	if d.Data != nil {
+		dst = append(dst, `,"data":`...)
+		dst = append(dst, d.Data...)
+	}
+	return append(dst, '}')
 }
 
 // AppendDownstreamFrame appends the client frame of a record, the same for all its targets; data

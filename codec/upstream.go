@@ -65,6 +65,10 @@ func (b *Builder) Build(m *ClientMessage, user string, id SessionID, now int64) 
 		buf = id.AppendName(buf, b.nonce)
 		buf = append(buf, '"')
 	}
+	if m.DeviceID != "" {
+		buf = append(buf, `,"device_id":`...)
+		buf = AppendQuoted(buf, m.DeviceID)
+	}
 	buf = append(buf, `,"type":`...)
 	buf = AppendQuoted(buf, m.Type)
 	if len(m.ClientMsgID) > 0 {

@@ -131,8 +131,10 @@ func (b *presenceBridge) do(ctx context.Context, kind shard.PresenceKind, entrie
 	case shard.Claim:
 		for i, c := range b.store.Claim(ctx, entries) {
 			r := &results[at[i]]
-			r.Version, r.PrevGateway, r.PrevSession, r.Err = c.Version, c.PrevGateway, c.PrevSession, c.Err
-			r.Superseded = c.Superseded
+			r.Version, r.Superseded, r.Err = c.Version, c.Superseded, c.Err
+			if c.PrevGateway != "" {
+				r.Evicted = []shard.Evicted{{Gateway: c.PrevGateway, Session: c.PrevSession}}
+			}
 		}
 	case shard.Refresh:
 		for i, c := range b.store.Refresh(ctx, entries) {
@@ -156,7 +158,7 @@ type publisher struct {
 var _ Publisher = (*publisher)(nil)
 
 // Publish implements Publisher.
-func (p *publisher) Publish(ctx context.Context, user string, frame []byte) (Published, error) {
+func (p *publisher) Publish(ctx context.Context, from Caller, frame []byte) (Published, error) {
 	refuse := func(message string) (Published, error) {
 		return Published{Result: codec.UpstreamResult{Code: codec.InvalidMessage}, Message: message}, nil
 	}
@@ -175,8 +177,9 @@ func (p *publisher) Publish(ctx context.Context, user string, frame []byte) (Pub
 	case codec.TypePing, codec.TypeDeliveryAck, codec.TypeRefreshToken:
 		return refuse("messages of type " + string(m.Type) + " are for WebSocket sessions only")
 	}
+	m.DeviceID = from.DeviceID
 	p.mu.Lock()
-	u := p.builder.Build(&m, user, 0, time.Now().UnixMilli())
+	u := p.builder.Build(&m, from.User, 0, time.Now().UnixMilli())
 	p.mu.Unlock()
 	name := string(m.ClientMsgID)
 	result, err := p.shards.Publish(ctx, u)
@@ -209,7 +212,7 @@ func (s *sessions) Sessions(ctx context.Context, user string) ([]SessionInfo, er
 	out := make([]SessionInfo, 0, len(list))
 	for _, i := range list {
 		out = append(out, SessionInfo{
-			Name: i.SessionID, ConnectedAt: i.ConnectedAt, MessagesIn: i.MessagesIn,
+			Name: i.SessionID, DeviceID: i.DeviceID, Device: i.Device, ConnectedAt: i.ConnectedAt, MessagesIn: i.MessagesIn,
 			MessagesOut: i.MessagesOut, PendingBytes: i.PendingBytes, State: i.State,
 		})
 	}
@@ -226,12 +229,18 @@ func (s *sessions) Stats() Stats {
 }
 
 // authenticate says who sends a request of the HTTP API.
-func authenticate(v *transport.Verifier) func(*http.Request) (string, error) {
-	return func(r *http.Request) (string, error) {
+func authenticate(v *transport.Verifier) func(*http.Request) (Caller, error) {
+	return func(r *http.Request) (Caller, error) {
 		who, err := v.FromRequest(r)
 		if errors.Is(err, transport.ErrTokenExpired) {
-			return "", ErrTokenExpired
+			return Caller{}, ErrTokenExpired
 		}
-		return who.User, err
+		// The token's word about the device counts, and else the caller's.
+		if who.DeviceID == "" {
+			if id := r.URL.Query().Get("device_id"); codec.ValidName(id) {
+				who.DeviceID = id
+			}
+		}
+		return Caller{User: who.User, DeviceID: who.DeviceID}, err
 	}
 }

@@ -21,6 +21,12 @@ import (
 // maxBody is the largest body, in bytes, of any request to the HTTP API.
 const maxBody = 64 << 10
 
+// Caller is who sends a message by the HTTP API.
+type Caller struct {
+	User     string
+	DeviceID string // empty: not named
+}
+
 // ErrTokenExpired is what an Authenticate function wraps when the token was good once.
 var ErrTokenExpired = errors.New("the token has expired")
 
@@ -29,7 +35,7 @@ type Publisher interface {
 	// Publish hands the envelope in frame, sent by user, to Kafka and waits until its fate is known
 	// or ctx ends. A refusal is in the result's code; an error means that the fate is not known.
 	// frame is the callee's to keep.
-	Publish(ctx context.Context, user string, frame []byte) (Published, error)
+	Publish(ctx context.Context, from Caller, frame []byte) (Published, error)
 }
 
 // Published is what became of one message.
@@ -43,9 +49,9 @@ type Published struct {
 type APIOptions struct {
 	Auth         logicpb.AuthServiceClient
 	AuthDeadline time.Duration
-	// Authenticate returns the user whose token the request carries. Its error wraps ErrTokenExpired
+	// Authenticate returns the caller whose token the request carries. Its error wraps ErrTokenExpired
 	// when that is the reason; its text is shown to the caller.
-	Authenticate    func(*http.Request) (user string, err error)
+	Authenticate    func(*http.Request) (Caller, error)
 	Publisher       Publisher
 	PublishDeadline time.Duration // longer than the upstream path's own
 	UpstreamTopic   string

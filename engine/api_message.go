@@ -19,7 +19,7 @@ type stored struct {
 
 // publish serves POST /api/messages.
 func publish(c *call) {
-	user, err := c.api.o.Authenticate(c.r)
+	caller, err := c.api.o.Authenticate(c.r)
 	if err != nil {
 		c.note = err
 		c.w.Header().Set("WWW-Authenticate", `Bearer realm="im-gateway", error="invalid_token"`)
@@ -36,7 +36,7 @@ func publish(c *call) {
 	}
 	ctx, cancel := context.WithTimeout(c.r.Context(), c.api.o.PublishDeadline)
 	defer cancel()
-	p, err := c.api.o.Publisher.Publish(ctx, user, body)
+	p, err := c.api.o.Publisher.Publish(ctx, caller, body)
 	if err != nil {
 		c.note = err
 		p.Result.Code = codec.OutcomeUnknown

@@ -110,8 +110,8 @@ func logicConn(t *testing.T, auth *fakeAuth) *grpc.ClientConn {
 // publisherFunc is a Publisher.
 type publisherFunc func(context.Context, string, []byte) (Published, error)
 
-func (f publisherFunc) Publish(ctx context.Context, user string, frame []byte) (Published, error) {
-	return f(ctx, user, frame)
+func (f publisherFunc) Publish(ctx context.Context, from Caller, frame []byte) (Published, error) {
+	return f(ctx, from.User, frame)
 }
 
 // testAPI returns an API whose options the test may change before it is made.
@@ -120,14 +120,14 @@ func testAPI(t *testing.T, auth *fakeAuth, change func(*APIOptions)) *API {
 	o := APIOptions{
 		Auth:         logicpb.NewAuthServiceClient(logicConn(t, auth)),
 		AuthDeadline: 5 * time.Second,
-		Authenticate: func(r *http.Request) (string, error) {
+		Authenticate: func(r *http.Request) (Caller, error) {
 			switch r.Header.Get("Authorization") {
 			case "Bearer good":
-				return "alice", nil
+				return Caller{User: "alice"}, nil
 			case "Bearer old":
-				return "", fmt.Errorf("bearer: %w", ErrTokenExpired)
+				return Caller{}, fmt.Errorf("bearer: %w", ErrTokenExpired)
 			}
-			return "", errors.New("no token")
+			return Caller{}, errors.New("no token")
 		},
 		Publisher: publisherFunc(func(_ context.Context, _ string, _ []byte) (Published, error) {
 			return Published{}, errors.New("not expected")

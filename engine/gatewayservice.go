@@ -48,6 +48,8 @@ type Sessions interface {
 // SessionInfo describes one session.
 type SessionInfo struct {
 	Name         string
+	DeviceID     string
+	Device       string
 	ConnectedAt  int64 // Unix ms
 	MessagesIn   int64
 	MessagesOut  int64
@@ -96,6 +98,7 @@ func (s *gatewayService) Push(ctx context.Context, r *gatewaypb.PushRequest) (*g
 		MessageID: r.GetMessageId(),
 		Data:      r.GetData(),
 		ExpireAt:  r.GetExpireAt(),
+		DeviceID:  r.GetDeviceId(),
 	}
 	if record.Type == "" {
 		record.Type = defaultType
@@ -140,6 +143,9 @@ func checkPush(r *gatewaypb.PushRequest) error {
 	if id := r.GetMessageId(); id != "" && !codec.ValidName(id) {
 		return invalid("message_id: 1 to %d bytes, no control characters", maxName)
 	}
+	if id := r.GetDeviceId(); id != "" && !codec.ValidName(id) {
+		return invalid("device_id: 1 to %d bytes, no control characters", maxName)
+	}
 	if !json.Valid(r.GetData()) || !utf8.Valid(r.GetData()) {
 		return invalid("data: not valid JSON in UTF-8")
 	}
@@ -154,6 +160,8 @@ func pushOutcome(e codec.End) gatewaypb.PushResult_Outcome {
 		return gatewaypb.PushResult_OUTCOME_SLOW_CONSUMER
 	case codec.EndExpired:
 		return gatewaypb.PushResult_OUTCOME_EXPIRED
+	case codec.EndUnacked:
+		return gatewaypb.PushResult_OUTCOME_UNACKED
 	}
 	return gatewaypb.PushResult_OUTCOME_OFFLINE // offline, moved, or the session ended meanwhile
 }
@@ -191,6 +199,8 @@ func (s *gatewayService) GetSession(ctx context.Context, r *gatewaypb.GetSession
 			MessagesOut:  i.MessagesOut,
 			PendingBytes: i.PendingBytes,
 			State:        i.State,
+			DeviceId:     i.DeviceID,
+			Device:       i.Device,
 		})
 	}
 	return answer, nil

@@ -128,7 +128,7 @@ func (r *Registration) Run(ctx context.Context) {
 		err := r.add(ctx)
 		if err == nil {
 			retry.Reset()
-			if err = keep(ctx, r.o.Client, r.lease); err != nil {
+			if err = keep(ctx, r.o.Client, r.lease, func() {}); err != nil {
 				r.losses.Inc()
 				r.registered.Store(false)
 			}

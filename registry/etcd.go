@@ -145,12 +145,13 @@ func giveUp(ctx context.Context, c *clientv3.Client, lease clientv3.LeaseID) err
 	return revoke(ctx, c, lease)
 }
 
-// keep keeps a lease alive until it is lost, which is the error, or ctx ends, which is nil.
-func keep(ctx context.Context, c *clientv3.Client, lease clientv3.LeaseID) error {
+// keep keeps a lease alive until it is lost, which is the error, or ctx ends, which is nil. It calls lives
+// each time that etcd says so.
+func keep(ctx context.Context, c *clientv3.Client, lease clientv3.LeaseID, lives func()) error {
 	alive, err := c.KeepAlive(ctx, lease)
 	if err == nil {
-		for range alive {
-			// Each answer only says that the lease lives on; the channel is closed when it does not.
+		for range alive { // it is closed when the lease does not live on
+			lives()
 		}
 		err = errLeaseLost
 	}

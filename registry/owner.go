@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -39,19 +41,28 @@ type OwnerOptions struct {
 //
 // Acquire first, then Run in a goroutine, Check from any, and Release after Run has returned.
 type Owner struct {
-	o        OwnerOptions
-	topicKey string
-	ownerKey string
-	kind     string
-	losses   prometheus.Counter
+	o         OwnerOptions
+	topicKey  string
+	ownerKey  string
+	kind      string
+	taker     bool // the topic is another gateway's
+	losses    prometheus.Counter
+	confirmed atomic.Int64 // when etcd last said that the lease lives, in ns since began
+	began     time.Time
 
 	epoch int64            // set by Acquire
 	lease clientv3.LeaseID // owned by Acquire, Run, Release in turn
 }
 
+// The kinds of gateway_id.
+const (
+	kindRandom     = "random"
+	kindConfigured = "configured"
+)
+
 // topicEntry is the value of the topic's key.
 type topicEntry struct {
-	Kind     string `json:"kind"` // random or configured
+	Kind     string `json:"kind"` // kindRandom or kindConfigured
 	Epoch    int64  `json:"epoch"`
 	Instance string `json:"instance"` // who raised the epoch: an etcd that lost its data counts anew
 }
@@ -68,10 +79,10 @@ type ownership struct {
 func NewOwner(o OwnerOptions) *Owner {
 	w := &Owner{
 		o: o, topicKey: topicPrefix + o.GatewayID, ownerKey: ownerPrefix + o.GatewayID,
-		kind: "configured", losses: newLosses("owner"),
+		kind: kindConfigured, losses: newLosses("owner"), began: time.Now(),
 	}
 	if o.Random {
-		w.kind = "random"
+		w.kind = kindRandom
 	}
 	return w
 }
@@ -110,8 +121,8 @@ func (w *Owner) take(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// The key may be our own: of an attempt whose answer was lost.
-	if now.ownerRevision != 0 && now.holder != w.o.Instance {
+	// The key may be our own: of an attempt whose answer was lost. A taker gives way.
+	if now.ownerRevision != 0 && now.holder != w.o.Instance && !strings.HasPrefix(now.holder, takerMark) {
 		return fmt.Errorf("%w: gateway_id %s is held by %s, which must stop or crash (its lease is then gone within %s), "+
 			"or this gateway needs another gateway_id", ErrOwned, w.o.GatewayID, now.holder, w.o.LeaseTTL)
 	}
@@ -144,6 +155,10 @@ func (w *Owner) read(ctx context.Context) (now ownership, err error) {
 
 // put writes both keys, the owner's under a new lease, unless something has changed since now.
 func (w *Owner) put(ctx context.Context, now ownership, epoch int64) error {
+	holder := w.o.Instance
+	if w.taker {
+		holder = takerMark + holder
+	}
 	value, err := json.Marshal(topicEntry{Kind: w.kind, Epoch: epoch, Instance: w.o.Instance})
 	if err != nil {
 		return fmt.Errorf("write %s: %w", w.topicKey, err)
@@ -153,7 +168,7 @@ func (w *Owner) put(ctx context.Context, now ownership, epoch int64) error {
 			If(clientv3.Compare(clientv3.ModRevision(w.topicKey), "=", now.topicRevision),
 				clientv3.Compare(clientv3.ModRevision(w.ownerKey), "=", now.ownerRevision)).
 			Then(clientv3.OpPut(w.topicKey, string(value)),
-				clientv3.OpPut(w.ownerKey, w.o.Instance, clientv3.WithLease(lease))).
+				clientv3.OpPut(w.ownerKey, holder, clientv3.WithLease(lease))).
 			Commit()
 		if err == nil && !resp.Succeeded {
 			err = errors.New("it changed meanwhile")
@@ -164,7 +179,17 @@ func (w *Owner) put(ctx context.Context, now ownership, epoch int64) error {
 		return fmt.Errorf("write %s: %w", w.ownerKey, err)
 	}
 	w.lease = lease
+	w.confirm()
 	return nil
+}
+
+// confirm notes that the lease lives.
+func (w *Owner) confirm() { w.confirmed.Store(int64(time.Since(w.began))) }
+
+// Lapsed tells whether etcd has not confirmed the ownership for so long that somebody else may have taken
+// the topic: the process was stopped, or etcd is away. Any goroutine may call it.
+func (w *Owner) Lapsed() bool {
+	return time.Since(w.began)-time.Duration(w.confirmed.Load()) > w.o.LeaseTTL
 }
 
 // mine returns nil when what stands is this process's: the last to take the topic.
@@ -196,11 +221,12 @@ func (w *Owner) Check(ctx context.Context) error {
 // key up: Release does.
 func (w *Owner) Run(ctx context.Context) error {
 	for {
-		err := keep(ctx, w.o.Client, w.lease)
+		err := keep(ctx, w.o.Client, w.lease, w.confirm)
 		if err == nil {
 			return nil
 		}
 		w.losses.Inc()
+		w.confirmed.Store(-int64(2 * w.o.LeaseTTL))
 		w.o.Logger.Warn().Err(err).Str("key", w.ownerKey).Msg("owner's lease lost")
 		retry := retryPolicy()
 		for {

@@ -64,7 +64,7 @@ func (s *shard) onFlushed(id codec.SessionID, position uint64) {
 	l := s.backlogs[refOf(id)]
 	n := 0
 	for n < len(l.frames) && l.frames[n].position <= position {
-		ses.pending -= l.frames[n].size
+		s.wait(ses, -int(l.frames[n].size))
 		s.end(l.frames[n].delivery, codec.EndDelivered)
 		n++
 	}
@@ -75,6 +75,9 @@ func (s *shard) onFlushed(id codec.SessionID, position uint64) {
 
 // settle ends what is still unsettled of a session that ends.
 func (s *shard) settle(ses *session, end codec.End) {
+	if ses.acks {
+		s.settleUnacked(ses, end)
+	}
 	if !ses.backlogged {
 		return
 	}
@@ -110,10 +113,16 @@ func (s *shard) settleAll(end codec.End) {
 	for r := range s.backlogs {
 		s.settle(s.byRef(r), end)
 	}
+	for r := range s.unacked {
+		s.settle(s.byRef(r), end)
+	}
 	for {
 		select {
 		case b := <-s.deliveries:
 			for _, d := range b.Deliveries {
+				if b.GiveUp {
+					continue // it has ended, above or before
+				}
 				s.metrics.deliveries.Inc()
 				s.end(d, end)
 			}

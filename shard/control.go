@@ -11,7 +11,9 @@ import (
 // SessionInfo describes one session.
 type SessionInfo struct {
 	SessionID    string
-	ConnectedAt  int64 // Unix ms
+	DeviceID     string
+	Device       string // the kind of device
+	ConnectedAt  int64  // Unix ms
 	MessagesIn   int64
 	MessagesOut  int64
 	PendingBytes int64
@@ -55,9 +57,16 @@ func (p *pushSink) Ends(list []codec.Ended) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, e := range list {
-		p.ends[e.Target] = e.End
+		if e.End == codec.EndNone {
+			p.open += int(e.Sessions) - 1
+			continue
+		}
+		if p.ends[e.Target] != codec.EndDelivered { // to one of several sessions
+			p.ends[e.Target] = e.End
+		}
+		p.open--
 	}
-	if p.open -= len(list); p.open == 0 {
+	if p.open == 0 {
 		close(p.done)
 	}
 }
@@ -127,8 +136,9 @@ func (set *Set) Sessions(ctx context.Context, user string) ([]SessionInfo, error
 	var list []SessionInfo
 	err := set.do(ctx, codec.ShardOf(user, len(set.shards)), func(s *shard) {
 		s.userSessions(user, func(ses *session) {
+			dev := s.deviceOf(ses)
 			list = append(list, SessionInfo{
-				SessionID: ses.id.Name(s.opts.Nonce), ConnectedAt: ses.connectedAt,
+				DeviceID: dev.id, Device: dev.kind, SessionID: ses.id.Name(s.opts.Nonce), ConnectedAt: ses.connectedAt,
 				MessagesIn: int64(ses.in), MessagesOut: int64(ses.out),
 				PendingBytes: int64(ses.pending), State: stateNames[ses.state],
 			})

@@ -1,6 +1,8 @@
 package shard
 
 import (
+	"cmp"
+	"slices"
 	"sync/atomic"
 
 	"im-gateway/codec"
@@ -50,7 +52,11 @@ func (s *shard) frame(ses *session, payload []byte, d codec.Delivery) {
 		s.end(d, codec.EndSlowConsumer)
 		return
 	}
-	ses.pending += int32(len(payload))
+	if ses.acks && d.Record != nil {
+		payload = s.awaitAck(ses, d)
+		d = codec.Delivery{}
+	}
+	s.wait(ses, len(payload))
 	ses.out++
 	c := s.command(ses)
 	c.Kind, c.Payload, c.Delivery = codec.CommandFrame, payload, d
@@ -58,6 +64,44 @@ func (s *shard) frame(ses *session, payload []byte, d codec.Delivery) {
 		s.out[ses.id.Loop()].deliveries = true
 	}
 	s.handling = codec.Delivery{}
+}
+
+// wait notes that so many bytes more, or less, wait for the session.
+func (s *shard) wait(ses *session, bytes int) {
+	ses.pending += int32(bytes)
+	s.counts.egress += bytes
+}
+
+// nodeFull tells whether more waits in all than the node may hold: then the consumer waits, and client
+// messages are refused, until the clients have read, or those who owe most are closed.
+func (s *shard) nodeFull() bool {
+	return s.opts.NodeEgressBudget > 0 && s.nodeEgress > int64(s.opts.NodeEgressBudget)
+}
+
+// shedDebtors closes the sessions for which most is waiting until the shard's share of what is too
+// much is gone.
+func (s *shard) shedDebtors() {
+	if !s.nodeFull() {
+		return
+	}
+	excess := (s.nodeEgress - int64(s.opts.NodeEgressBudget)) / int64(s.opts.Shards)
+	var debtors []*session
+	for r := range s.backlogs {
+		if ses := s.byRef(r); ses.state == closing {
+			excess -= int64(ses.pending)
+		} else {
+			debtors = append(debtors, ses)
+		}
+	}
+	slices.SortFunc(debtors, func(a, b *session) int { return cmp.Compare(b.pending, a.pending) })
+	for _, ses := range debtors {
+		if excess < 0 {
+			return
+		}
+		excess -= int64(ses.pending)
+		s.metrics.slow.Inc()
+		s.close(ses, codec.CloseSlowConsumer, "too much is waiting to be read")
+	}
 }
 
 // tooMuch closes a session for which more than its budget would wait. A frame by itself is never too
@@ -81,7 +125,7 @@ func (s *shard) send(ses *session, payload []byte, d codec.Delivery) {
 			s.end(d, codec.EndSlowConsumer)
 			return
 		}
-		ses.pending += int32(len(payload))
+		s.wait(ses, len(payload))
 		l := s.backlogOf(ses)
 		// An ack's payload lies in a batch's arena, which is used again; a record's does not.
 		if d.Record == nil {
@@ -108,7 +152,7 @@ func (s *shard) release(ses *session) {
 	l.held = nil
 	s.dropBacklogIfEmpty(ses, l)
 	for _, h := range held {
-		ses.pending -= int32(len(h.payload))
+		s.wait(ses, -len(h.payload))
 	}
 	for _, h := range held {
 		s.send(ses, h.payload, h.delivery)
@@ -178,7 +222,7 @@ func (s *shard) onOutcome(c *codec.Command) {
 		end = codec.EndDelivered
 	}
 	if ses != nil {
-		ses.pending -= int32(len(c.Payload))
+		s.wait(ses, -len(c.Payload))
 		if end == codec.EndOffline && ses.closeCode == codec.CloseSlowConsumer {
 			end = codec.EndSlowConsumer
 		}

@@ -141,12 +141,12 @@ func TestClaimNamesOwnSession(t *testing.T) {
 	w.connected(older, "alice")
 	w.connected(newer, "bob")
 	w.set.PresenceResults(0, []PresenceResult{
-		{Kind: Claim, Session: newer, Version: 2, PrevGateway: "g", PrevSession: older.Name(7)}})
+		{Kind: Claim, Session: newer, Version: 2, Evicted: []Evicted{{"g", older.Name(7)}}}})
 	w.until(func() bool { return w.closed[older] == codec.CloseReplaced })
 	// Its own name, and one of a process before this one, mean nothing.
 	w.set.PresenceResults(0, []PresenceResult{
-		{Kind: Claim, Session: newer, Version: 3, PrevGateway: "g", PrevSession: newer.Name(7)},
-		{Kind: Claim, Session: newer, Version: 4, PrevGateway: "g", PrevSession: newer.Name(8)}})
+		{Kind: Claim, Session: newer, Version: 3, Evicted: []Evicted{{"g", newer.Name(7)}}},
+		{Kind: Claim, Session: newer, Version: 4, Evicted: []Evicted{{"g", newer.Name(8)}}}})
 	s := newSink()
 	w.deliver(rec(s, "bob"))
 	w.until(func() bool { return s.count(codec.EndDelivered) == 1 })

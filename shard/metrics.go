@@ -67,7 +67,7 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 		ingressFull:     counter("ingress_full_total", "Times that a loop found a shard's queue full and kept its events."),
 		upstreamFull:    counter("upstream_full_total", "Times that records had to wait in a shard for the broker's queue."),
 		heartbeats:      counter("heartbeats_total", "Pings asked of the event loops."),
-		deliveries:      counter("deliveries_total", "Deliveries taken in: one per record and target."),
+		deliveries:      counter("deliveries_total", "Deliveries taken in: one per record, target and session; one for a target that is not connected."),
 		refused:         map[codec.Code]prometheus.Counter{},
 		roundTime:       duration("round_seconds", "How long a shard was busy at a time; the sum is all its working time."),
 		tickTime:        duration("tick_seconds", "How long a shard was busy with what was due, heartbeats above all, at a time."),
@@ -109,6 +109,12 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 		Name: "im_gateway_shard_in_flight", Help: "Records handed to the broker without a result.",
 	}, func() float64 { return float64(m.inFlight.Load()) }))
 	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "im_gateway_shard_egress_bytes", Help: "Bytes that wait to be written to all clients.",
+	}, func() float64 { return float64(set.egress.Load()) }))
+	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "im_gateway_shard_egress_bytes_bound", Help: "Beyond so many bytes the node refuses; 0: no bound.",
+	}, func() float64 { return float64(set.opts.NodeEgressBudget) }))
+	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "im_gateway_shard_deliveries_open", Help: "Deliveries that have not ended.",
 	}, func() float64 {
 		open := value(m.deliveries)
@@ -144,6 +150,7 @@ func (m *metrics) refuse(code codec.Code) {
 type counts struct {
 	stored, late, inFlight, heartbeats int
 	recentUser, recentNode             int
+	deliveries, egress                 int
 	ends                               [codec.NumEnds]int
 }
 
@@ -154,6 +161,11 @@ func (s *shard) flushCounts() {
 		m.inFlight.Add(int64(c.inFlight))
 		c.inFlight = 0
 	}
+	if c.egress != 0 {
+		s.set.egress.Add(int64(c.egress))
+		c.egress = 0
+	}
+	add(m.deliveries, &c.deliveries)
 	add(m.stored, &c.stored)
 	add(m.late, &c.late)
 	add(m.heartbeats, &c.heartbeats)

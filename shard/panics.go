@@ -48,6 +48,9 @@ func (s *shard) caught(p any) {
 	s.opts.Logger.Error().Any("panic", p).Bytes("stack", debug.Stack()).Int("shard", s.index).
 		Msg("panic in a shard; the session at fault is closed")
 	s.end(s.handling, codec.EndOffline)
+	for ; s.remaining > 0; s.remaining-- {
+		s.end(s.delivering, codec.EndOffline)
+	}
 	if ses := s.lookup(s.current); ses != nil && ses.state != closing {
 		s.close(ses, codec.CloseInternal, "internal error")
 	}

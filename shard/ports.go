@@ -48,15 +48,20 @@ type PresenceOp struct {
 	Session     codec.SessionID
 	Version     int64 // what the claim was given; 0: never claimed
 	ConnectedAt int64 // Unix ms
+	DeviceID    string
+	Device      string // the kind of device
 }
+
+// Evicted is a session that a claim has taken the place of.
+type Evicted struct{ Gateway, Session string }
 
 // PresenceResult is what became of a PresenceOp.
 type PresenceResult struct {
-	Kind        PresenceKind
-	Session     codec.SessionID
-	Version     int64
-	PrevGateway string // Claim: who held the entry before; empty: nobody
-	PrevSession string
-	Superseded  bool // a newer session holds the entry
-	Err         error
+	Kind       PresenceKind
+	Session    codec.SessionID
+	Version    int64
+	Evicted    []Evicted // Claim
+	Elsewhere  bool      // the user has sessions on other gateways too
+	Superseded bool      // a newer session has taken this one's place
+	Err        error
 }

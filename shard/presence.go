@@ -16,8 +16,10 @@ func (s *shard) presenceOp(kind PresenceKind, ses *session) {
 	if kind != Release {
 		ses.presence = true
 	}
+	dev := s.deviceOf(ses)
 	s.ops = append(s.ops, PresenceOp{
 		Kind: kind, User: ses.user, Session: ses.id, Version: ses.version, ConnectedAt: ses.connectedAt,
+		DeviceID: dev.id, Device: dev.kind,
 	})
 }
 
@@ -86,24 +88,25 @@ func (s *shard) onClaim(ses *session, r *PresenceResult) {
 	}
 	if r.Superseded {
 		ses.superseded = true
-		s.close(ses, codec.CloseReplaced, "replaced by a newer session")
+		s.close(ses, codec.CloseReplaced, replacedReason)
 		return
 	}
 	ses.version = r.Version
 	if ses.state == claiming {
 		s.goLive(ses, false)
 	}
-	switch r.PrevGateway {
-	case "":
-	case s.opts.GatewayID:
+	ses.elsewhere = r.Elsewhere
+	for _, e := range r.Evicted {
+		if e.Gateway != s.opts.GatewayID {
+			s.opts.Replaced(ses.user, e.Gateway, e.Session)
+			continue
+		}
 		// A session of this process that lives on; one of a process before it has another nonce.
-		id, ok := codec.ParseSessionName(r.PrevSession, s.opts.Nonce)
+		id, ok := codec.ParseSessionName(e.Session, s.opts.Nonce)
 		if prev := s.lookup(id); ok && prev != nil && prev != ses && prev.state != closing {
 			prev.superseded = true
-			s.close(prev, codec.CloseReplaced, "replaced by a newer session")
+			s.close(prev, codec.CloseReplaced, replacedReason)
 		}
-	default:
-		s.opts.Replaced(ses.user, r.PrevGateway, r.PrevSession)
 	}
 }
 
@@ -113,6 +116,8 @@ func (s *shard) onRefreshed(ses *session, r *PresenceResult) {
 	}
 	if r.Superseded {
 		ses.superseded = true
-		s.close(ses, codec.CloseReplaced, "replaced by a newer session")
+		s.close(ses, codec.CloseReplaced, replacedReason)
+		return
 	}
+	ses.elsewhere = r.Elsewhere
 }

@@ -40,12 +40,26 @@ type session struct {
 	slot       uint16 // wheel slot + 1; 0: in none
 
 	next        ref    // the user's next session
+	acks        bool   // the client acknowledges deliveries
+	elsewhere   bool   // the user has sessions on other gateways too
+	device      bool   // it has an entry in devices
 	pinged      uint32 // tick of the last ping
 	refreshed   uint32 // tick of the last presence refresh
 	expiresAt   int64  // of the token, Unix ms
 	version     int64  // of the presence entry; 0: not claimed yet
 	connectedAt int64  // Unix ms
 	user        string
+}
+
+// device is what a client has said of its device.
+type device struct{ id, kind string }
+
+// deviceOf returns the session's device; the zero value where none was named.
+func (s *shard) deviceOf(ses *session) device {
+	if !ses.device {
+		return device{}
+	}
+	return s.devices[refOf(ses.id)]
 }
 
 // table is the sessions of one loop, found by slot, in pages that never move.

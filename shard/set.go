@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -28,6 +29,7 @@ const (
 	maxInterval        = time.Hour
 	maxEgressBudget    = 1 << 30
 	maxSessionInFlight = 1<<16 - 1
+	maxUserSessions    = 64
 )
 
 // Options configure a Set. Every field but Logger is required unless a default is named.
@@ -44,6 +46,10 @@ type Options struct {
 	AckDeadline        time.Duration // then OUTCOME_UNKNOWN
 	DeliveryTimeout    time.Duration // how long a frame may wait for the kernel to take it; 30 s
 	EgressBudget       int           // bytes that may wait for one session
+	NodeEgressBudget   int           // bytes that may wait for all sessions together; 0: no bound of its own
+	MaxSessions        int           // of one user; 1: a newer session replaces the older; 1
+	ReplaceKind        bool          // a newer session replaces one of the same kind of device
+	AckTimeout         time.Duration // how long a client may take to acknowledge a delivery; 30 s
 	MaxMessageBytes    int           // told to clients
 	MaxSessionInFlight int           // upstream messages without a result, per session; 256
 	RecentMessages     int           // names of accepted messages remembered for retries; 0: none
@@ -64,6 +70,8 @@ type Options struct {
 func (o *Options) validate() error {
 	o.ClaimTimeout = orDefault(o.ClaimTimeout, time.Second)
 	o.DeliveryTimeout = orDefault(o.DeliveryTimeout, 30*time.Second)
+	o.AckTimeout = orDefault(o.AckTimeout, 30*time.Second)
+	o.MaxSessions = orDefault(o.MaxSessions, 1)
 	o.MaxSessionInFlight = orDefault(o.MaxSessionInFlight, 256)
 	if o.Now == nil {
 		o.Now = time.Now
@@ -85,6 +93,12 @@ func (o *Options) validate() error {
 		return fmt.Errorf("egress budget: %d bytes, must be 1 to %d", o.EgressBudget, maxEgressBudget)
 	case o.MaxSessionInFlight < 1 || o.MaxSessionInFlight > maxSessionInFlight:
 		return fmt.Errorf("messages in flight per session: %d, must be 1 to %d", o.MaxSessionInFlight, maxSessionInFlight)
+	case o.AckTimeout < tickLength || o.AckTimeout > maxInterval:
+		return fmt.Errorf("ack timeout: %s, must be %s to %s", o.AckTimeout, tickLength, maxInterval)
+	case o.MaxSessions < 1 || o.MaxSessions > maxUserSessions:
+		return fmt.Errorf("sessions of a user: %d, must be 1 to %d", o.MaxSessions, maxUserSessions)
+	case o.NodeEgressBudget < 0:
+		return fmt.Errorf("egress budget of the node: %d bytes, must not be negative", o.NodeEgressBudget)
 	case o.RecentMessages < 0:
 		return fmt.Errorf("remembered messages: %d, must not be negative", o.RecentMessages)
 	case o.Egress == nil || o.Publisher == nil || o.Presence == nil || o.Events == nil ||
@@ -106,6 +120,7 @@ type Set struct {
 	opts    Options
 	shards  []*shard
 	metrics *metrics
+	egress  atomic.Int64  // bytes that wait for all sessions, as the shards last said
 	done    chan struct{} // closed when Run's ctx has ended: nobody empties the queues any more
 
 	// sending is held for reading by Deliver, a batch at a time: once Run has had it for writing, no

@@ -56,7 +56,12 @@ type shard struct {
 	flight      flight
 	recent      recent
 	backlogs    map[ref]*backlog
-	handling    codec.Delivery // taken in, neither ended nor handed on yet
+	unacked     map[ref]*unacked // of sessions whose client acknowledges deliveries
+	devices     map[ref]device   // of sessions that have named theirs
+	nodeEgress  int64            // bytes that waited in all shards at the start of the round
+	handling    codec.Delivery   // taken in, neither ended nor handed on yet
+	delivering  codec.Delivery   // taken in last
+	remaining   int              // sessions that it has still to go to, after the one being handled
 	ends        []ownerEnds
 	notes       []userNote
 	ops         []PresenceOp // not submitted yet
@@ -90,6 +95,8 @@ func newShard(set *Set, index int, m *metrics) *shard {
 		out:            make([]outbox, o.Loops),
 		up:             &codec.UpstreamBatch{Shard: index},
 		backlogs:       map[ref]*backlog{},
+		unacked:        map[ref]*unacked{},
+		devices:        map[ref]device{},
 		recent:         newRecent(o.RecentMessages / o.Shards),
 	}
 	return s
@@ -163,6 +170,9 @@ func (s *shard) round(ctx context.Context, tick <-chan time.Time) {
 // egressWaits tells whether commands wait for a loop that is busy with the batch before. Deliveries
 // wait in their queue, and so in Kafka, until it is done: a backlog must not pass for a slow client.
 func (s *shard) egressWaits() bool {
+	if s.nodeFull() {
+		return true
+	}
 	for i := range s.out {
 		if o := &s.out[i]; o.sent != nil && o.fill != nil && len(o.fill.Commands) > 0 {
 			return true
@@ -213,6 +223,7 @@ func (s *shard) begin() {
 func (s *shard) clock() {
 	s.began = s.opts.Now()
 	s.now = s.began.UnixMilli()
+	s.nodeEgress = s.set.egress.Load()
 }
 
 // flush hands on everything that has gathered. Each part is guarded by itself: a port that panics
@@ -274,6 +285,8 @@ func (s *shard) onEvent(e *codec.Event) {
 		s.onOpen(e.Session, e.Open)
 	case codec.EventClose:
 		s.onClose(e)
+	case codec.EventAcked:
+		s.onAcked(e.Session, uint64(e.Value))
 	case codec.EventRefresh:
 		s.onRefresh(e.Session, e.Value)
 	}
@@ -286,7 +299,14 @@ func (s *shard) onOpen(id codec.SessionID, o *codec.Open) {
 	}
 	*ses = session{
 		user: o.User, id: id, expiresAt: o.ExpiresAt, connectedAt: o.ConnectedAt,
-		next: noRef, state: claiming, refreshed: s.wheel.now,
+		next: noRef, state: claiming, refreshed: s.wheel.now, acks: o.Acks,
+	}
+	if o.DeviceID != "" || o.Device != "" {
+		s.devices[refOf(id)] = device{o.DeviceID, o.Device}
+		ses.device = true
+	}
+	if o.Acks {
+		s.unacked[refOf(id)] = &unacked{}
 	}
 	s.sessions.Add(1)
 	s.metrics.opened.Inc()
@@ -295,14 +315,7 @@ func (s *shard) onOpen(id codec.SessionID, o *codec.Open) {
 		s.close(ses, codec.CloseDraining, "draining")
 		return
 	}
-	wasOnline := false
-	for r := s.link(ses); r != noRef; {
-		older := s.byRef(r)
-		r = older.next
-		wasOnline = wasOnline || older.online
-		older.superseded = true
-		s.close(older, codec.CloseReplaced, "replaced by a newer session")
-	}
+	wasOnline := s.makeRoom(ses, s.link(ses))
 	s.userNum.Store(int64(len(s.users)))
 	if wasOnline { // the user stays online, by this session from now on, however it fares
 		s.goOnline(ses)
@@ -310,6 +323,34 @@ func (s *shard) onOpen(id codec.SessionID, o *codec.Open) {
 	s.schedule(ses, ticks(s.opts.ClaimTimeout))
 	s.claimPresence(ses)
 }
+
+// makeRoom closes those of the user's older sessions that the new one replaces, and tells whether the
+// user goes on being online by it.
+func (s *shard) makeRoom(ses *session, older ref) (wasOnline bool) {
+	dev := s.deviceOf(ses)
+	kept := 0
+	for r := older; r != noRef; {
+		old := s.byRef(r)
+		r = old.next
+		if s.opts.MaxSessions > 1 {
+			d := s.deviceOf(old)
+			same := dev.id != "" && d.id == dev.id || s.opts.ReplaceKind && dev.kind != "" && d.kind == dev.kind
+			if kept++; !same && kept < s.opts.MaxSessions {
+				continue
+			}
+			if same {
+				kept--
+			}
+		} else {
+			wasOnline = wasOnline || old.online
+			old.superseded = true
+		}
+		s.close(old, codec.CloseReplaced, replacedReason)
+	}
+	return wasOnline
+}
+
+const replacedReason = "replaced by a newer session"
 
 // goLive sends `connected` and what was held for it.
 func (s *shard) goLive(ses *session, degraded bool) {
@@ -361,7 +402,8 @@ func (s *shard) leave(ses *session, reason string) {
 	s.unlink(ses)
 	s.userNum.Store(int64(len(s.users)))
 	s.releasePresence(ses)
-	if _, others := s.users[ses.user]; ses.online && !others {
+	_, others := s.users[ses.user]
+	if ses.online && (!others || s.opts.MaxSessions > 1) {
 		s.note(false, ses, reason)
 	}
 	ses.online = false
@@ -372,6 +414,10 @@ func (s *shard) forget(ses *session, end codec.End) {
 	s.settle(ses, end)
 	unschedule(ses)
 	s.unlink(ses)
+	s.wait(ses, -int(ses.pending))
+	if ses.device {
+		delete(s.devices, refOf(ses.id))
+	}
 	*ses = session{}
 	s.sessions.Add(-1)
 	s.userNum.Store(int64(len(s.users)))
@@ -418,6 +464,7 @@ func (s *shard) onTick() {
 	s.target = uint32(s.opts.Now().Sub(s.started) / tickLength)
 	s.catchUp()
 	s.drainStep()
+	s.shedDebtors()
 }
 
 // catchUp does a bounded share of what is due; while more is, it is called again every round.

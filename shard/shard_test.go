@@ -35,7 +35,7 @@ func TestConnectedComesFirst(t *testing.T) {
 	w.offer(w.message(id, "alice", "c-1"))
 	w.set.Results(w.batch())
 	w.until(func() bool { return len(w.sent[id]) == 0 })
-	w.set.PresenceResults(0, []PresenceResult{{Kind: Claim, Session: op.Session, Version: 9, PrevGateway: "other", PrevSession: "s"}})
+	w.set.PresenceResults(0, []PresenceResult{{Kind: Claim, Session: op.Session, Version: 9, Evicted: []Evicted{{"other", "s"}}}})
 	w.until(func() bool { return len(w.sent[id]) == 3 })
 	want := []string{"connected   ", "new-message   ", "message-ack success  c-1"}
 	got := w.frames(id)
@@ -575,7 +575,7 @@ func TestNothingIsAcceptedWhileAcksAreSettled(t *testing.T) {
 func TestLateClaimIsSuperseded(t *testing.T) {
 	w := newWorld(t, nil)
 	w.presence = func(op PresenceOp) *PresenceResult {
-		return &PresenceResult{Kind: op.Kind, Session: op.Session, Superseded: op.Kind == Claim, PrevGateway: "other"}
+		return &PresenceResult{Kind: op.Kind, Session: op.Session, Superseded: op.Kind == Claim}
 	}
 	w.run()
 	id := sessionID(0, 1)

@@ -108,7 +108,7 @@ func refusalText(code codec.Code) string {
 
 // admit asks the broker for room, unless the gateway is about to close its sessions.
 func (s *shard) admit(u *codec.Upstream) (code codec.Code, retryAfterMS int32) {
-	if s.drain.refuse {
+	if s.drain.refuse || s.nodeFull() {
 		return codec.Overloaded, reconnectDelay
 	}
 	return s.opts.Publisher.Admit(u.Size())

@@ -121,6 +121,9 @@ func (s *shard) due(ses *session) {
 		s.close(ses, codec.CloseSlowConsumer, "nothing was read for too long")
 		return
 	}
+	if ses.acks {
+		s.expireUnacked(ses)
+	}
 	if tick-ses.pinged >= s.heartbeatTicks {
 		ses.pinged = tick
 		s.counts.heartbeats++
@@ -140,7 +143,7 @@ func left(period, elapsed uint32) uint32 { return period - min(period, elapsed) 
 func (s *shard) nextDue(ses *session) uint32 {
 	tick := s.wheel.now
 	next := min(left(s.heartbeatTicks, tick-ses.pinged), left(s.refreshTicks, tick-ses.refreshed))
-	until := min(ses.expiresAt, s.deliveryDeadline(ses)) - s.now
+	until := min(ses.expiresAt, s.deliveryDeadline(ses), s.ackDeadline(ses)) - s.now
 	if until < int64(next)*tickLength.Milliseconds() {
 		next = ticks(time.Duration(max(until, 0)) * time.Millisecond)
 	}

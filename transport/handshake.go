@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 
@@ -35,7 +36,7 @@ var (
 type upgradeHead struct {
 	malformed bool // in a way that the upgrader lets pass
 	upgrade   bool // Upgrade: websocket
-	authClose bool // ?auth=close
+	wish      wish
 	host      []byte
 	origin    []byte
 	token     []byte
@@ -45,6 +46,14 @@ type upgradeHead struct {
 	supported int // im.json.v1
 	ours      int // im.*
 	foreign   int
+}
+
+// wish is what the query of an upgrade asks for.
+type wish struct {
+	authClose bool   // auth=close: a refused token is told by a close code
+	acks      bool   // ack=1: the client acknowledges deliveries
+	deviceID  string // unless the token names one
+	device    string
 }
 
 // readHead looks at a connection's first request.
@@ -98,7 +107,7 @@ func (h *upgradeHead) read(head []byte) {
 		_, query, _ := bytes.Cut(target, []byte("?"))
 		h.readQuery(query)
 	}
-	h.malformed = hasControl(line)
+	h.malformed = h.malformed || hasControl(line)
 	var fromHeader, fromProtocol []byte
 	var hosts, keys, versions int
 	for len(rest) > 0 {
@@ -197,7 +206,16 @@ func (h *upgradeHead) readQuery(query []byte) {
 		case "token":
 			h.token = value // a JWT needs no percent encoding
 		case "auth":
-			h.authClose = string(value) == "close"
+			h.wish.authClose = string(value) == "close"
+		case "ack":
+			h.wish.acks = string(value) == "1"
+		case "device_id":
+			name, err := url.QueryUnescape(string(value))
+			h.wish.deviceID = name
+			h.malformed = h.malformed || err != nil || name != "" && !codec.ValidName(name)
+		case "device":
+			h.wish.device = string(value)
+			h.malformed = h.malformed || len(value) > 0 && !codec.ValidKind(value)
 		}
 	}
 }
@@ -237,7 +255,7 @@ func bearerToken(value []byte) []byte {
 func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 	l := cn.l
 	if l.s.opts.Echo {
-		cn.finishUpgrade(head, inBuffer, false, Identity{}, nil)
+		cn.finishUpgrade(head, inBuffer, wish{}, Identity{}, nil)
 		return
 	}
 	switch {
@@ -260,17 +278,17 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 	}
 	if l.s.verify == nil {
 		who, err := l.s.identify(h.token)
-		cn.finishUpgrade(head, inBuffer, h.authClose, who, err)
+		cn.finishUpgrade(head, inBuffer, h.wish, who, err)
 		return
 	}
 	head = append([]byte(nil), head...)
 	token := append([]byte(nil), h.token...)
-	authClose := h.authClose
+	wish := h.wish
 	check := func() {
 		who, err := l.s.identify(token)
 		l.executeFor(cn, func() {
 			if cn.state == stateVerifying {
-				cn.finishUpgrade(head, inBuffer, authClose, who, err)
+				cn.finishUpgrade(head, inBuffer, wish, who, err)
 			}
 		})
 	}
@@ -285,12 +303,12 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 
 // finishUpgrade answers the upgrade once the token's fate is known, and goes on with the frames that
 // follow it.
-func (cn *conn) finishUpgrade(head []byte, inBuffer int, authClose bool, who Identity, err error) {
+func (cn *conn) finishUpgrade(head []byte, inBuffer int, w wish, who Identity, err error) {
 	l := cn.l
 	if err != nil {
 		l.s.metrics.handshake.refused.Inc()
 		l.s.log.Debug().Err(err).Stringer("remote", cn.c.RemoteAddr()).Msg("upgrade refused")
-		if !authClose {
+		if !w.authClose {
 			cn.respond(unauthorized(err))
 			return
 		}
@@ -325,7 +343,7 @@ func (cn *conn) finishUpgrade(head []byte, inBuffer int, authClose bool, who Ide
 	}
 	if !l.s.opts.Echo {
 		cn.expires = who.ExpiresAt
-		l.startSession(cn, who)
+		l.startSession(cn, who, w)
 	}
 	if len(rest) > 0 {
 		cn.feedOwned(rest)

@@ -92,7 +92,7 @@ func opened(l *loop, user string) (*conn, *pipe) {
 	p := &pipe{}
 	cn := &conn{c: p, l: l, state: stateOpen, head: -1, lastRead: l.now}
 	if !l.s.opts.Echo {
-		l.startSession(cn, Identity{User: user, ExpiresAt: l.now + 1e6})
+		l.startSession(cn, Identity{User: user, ExpiresAt: l.now + 1e6}, wish{})
 	}
 	return cn, p
 }
@@ -113,7 +113,7 @@ func TestUpgradeAllocations(t *testing.T) {
 	upgrade := func() {
 		cn.state, p.in = stateHead, head
 		h.read(head)
-		cn.finishUpgrade(head, len(head), false, who, nil)
+		cn.finishUpgrade(head, len(head), wish{}, who, nil)
 		if cn.state != stateOpen || len(p.in) > 0 || len(l.hs.in) > 0 {
 			t.Fatal("the upgrade was not done")
 		}

@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"cmp"
 	"context"
 	"runtime/debug"
 	"sync"
@@ -29,6 +30,7 @@ type loop struct {
 	resuming request // by a shard with room again
 
 	builder  *codec.Builder
+	devices  map[codec.SessionID]string // ids of the devices of sessions that have named theirs
 	shards   []shardLink
 	flushDue bool  // a flush of this loop's own is on its way
 	flushing task  // that flush
@@ -99,7 +101,7 @@ type deadline struct {
 }
 
 func newLoop(s *Server, index int) *loop {
-	l := &loop{s: s, index: index}
+	l := &loop{s: s, index: index, devices: map[codec.SessionID]string{}}
 	l.flushing = task{l: l, f: (*loop).flush}
 	l.ticking.init(l, (*loop).tick)
 	l.resuming.init(l, (*loop).flush)
@@ -215,7 +217,7 @@ func (l *loop) lookup(id codec.SessionID) *conn {
 }
 
 // startSession names a session for an authenticated connection and tells its shard.
-func (l *loop) startSession(cn *conn, who Identity) {
+func (l *loop) startSession(cn *conn, who Identity, w wish) {
 	n := codec.ShardOf(who.User, len(l.shards))
 	link := &l.shards[n]
 	var index uint32
@@ -231,8 +233,13 @@ func (l *loop) startSession(cn *conn, who Identity) {
 	sl.conn = cn
 	cn.user = who.User
 	cn.id = codec.MakeSessionID(n, l.index, index, sl.generation)
+	dev := cmp.Or(who.DeviceID, w.deviceID)
+	if dev != "" {
+		l.devices[cn.id] = dev
+	}
 	l.emit(codec.Event{Kind: codec.EventOpen, Session: cn.id, Open: &codec.Open{
-		User: who.User, ExpiresAt: who.ExpiresAt, ConnectedAt: l.now,
+		User: who.User, ExpiresAt: who.ExpiresAt, ConnectedAt: l.now, Acks: w.acks,
+		DeviceID: dev, Device: cmp.Or(who.Device, w.device),
 	}})
 	l.s.metrics.sessions.Inc()
 }
@@ -248,6 +255,7 @@ func (l *loop) endSession(cn *conn, code codec.CloseCode, reason string) {
 	l.emit(codec.Event{Kind: codec.EventClose, Session: cn.id, Code: code, Reason: reason})
 	link := &l.shards[cn.id.Shard()]
 	link.slots[cn.id.Index()].conn = nil
+	delete(l.devices, cn.id)
 	link.free = append(link.free, cn.id.Index())
 	cn.id = 0
 	l.s.metrics.sessions.Dec()
@@ -274,6 +282,21 @@ func (l *loop) emit(e codec.Event) {
 func (l *loop) full(shard int) bool {
 	link := &l.shards[shard]
 	return link.stalled && link.pending != nil && len(link.pending.Events) >= stalledEvents
+}
+
+// acked tells the shard up to where the client has acknowledged deliveries. While the shard has too
+// much waiting, one such event waits for a session: the last says it all.
+func (l *loop) acked(cn *conn, deliveryID int64) {
+	if l.full(cn.id.Shard()) {
+		events := l.shards[cn.id.Shard()].pending.Events
+		for i := len(events) - 1; i >= 0; i-- {
+			if e := &events[i]; e.Kind == codec.EventAcked && e.Session == cn.id {
+				e.Value = max(e.Value, deliveryID)
+				return
+			}
+		}
+	}
+	l.emit(codec.Event{Kind: codec.EventAcked, Session: cn.id, Value: deliveryID})
 }
 
 // flush offers every batch to its shard.

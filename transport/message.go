@@ -44,12 +44,15 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 	case codec.TypeRefreshToken:
 		cn.refreshToken(m.Token)
 	case codec.TypeDeliveryAck:
-		l.s.metrics.ignored.Inc()
+		l.acked(cn, m.DeliveryID)
 	default:
 		shard := cn.id.Shard()
 		if l.full(shard) {
 			cn.refuse(&m, codec.Overloaded, "the gateway is overloaded; the message was not stored", overloadRetryMS)
 			return
+		}
+		if len(l.devices) > 0 {
+			m.DeviceID = l.devices[cn.id]
 		}
 		l.emit(codec.Event{Kind: codec.EventMessage, Session: cn.id,
 			Upstream: l.builder.Build(&m, cn.user, cn.id, l.now)})

@@ -16,7 +16,6 @@ type metrics struct {
 	bytesOut    prometheus.Counter
 	messagesIn  prometheus.Counter
 	messagesOut prometheus.Counter
-	ignored     prometheus.Counter
 	panics      prometheus.Counter
 	handovers   prometheus.Counter
 	stalls      prometheus.Counter
@@ -44,7 +43,6 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 		bytesOut:    counter("sent_bytes_total", "Bytes written to clients, HTTP included."),
 		messagesIn:  counter("messages_received_total", "WebSocket messages received."),
 		messagesOut: counter("frames_sent_total", "Frames written for the shards."),
-		ignored:     counter("messages_ignored_total", "Messages of reserved types that have no effect."),
 		panics:      counter("panics_total", "Panics caught in an event loop."),
 		handovers:   counter("http_handovers_total", "Connections handed to the HTTP server."),
 		stalls:      counter("shard_stalls_total", "How often a shard's queue was found full."),

@@ -52,7 +52,9 @@ type VerifierOptions struct {
 // Identity is what a good token says.
 type Identity struct {
 	User      string
-	ExpiresAt int64 // Unix ms, leeway included: when the session ends
+	ExpiresAt int64  // Unix ms, leeway included: when the session ends
+	DeviceID  string // from the claim device_id; empty: none
+	Device    string // the kind of device, from the claim device; empty: none
 }
 
 // Verifier checks access tokens. It may be used from any goroutine.
@@ -223,6 +225,7 @@ func (v *Verifier) signed(input, signature []byte) bool {
 // claims are those of a token that count here (RFC 7519, section 4.1). The texts point into it.
 type claims struct {
 	user, subject, issuer string
+	deviceID, device      string
 	named                 bool // user is set
 	expires, from, issued float64
 	expiring              bool
@@ -244,6 +247,10 @@ func (c *claims) read(payload []byte) bool {
 			c.subject, right = value.Str, value.Type == gjson.String
 		case "iss":
 			c.issuer, right = value.Str, value.Type == gjson.String
+		case "device_id":
+			c.deviceID, right = value.Str, value.Type == gjson.String && codec.ValidName(value.Str)
+		case "device":
+			c.device, right = value.Str, value.Type == gjson.String && codec.ValidKind(value.Str)
 		case "aud":
 			c.audience = value
 		case "exp":
@@ -292,7 +299,10 @@ func (v *Verifier) identify(c *claims) (Identity, error) {
 	if !codec.ValidName(user) {
 		return Identity{}, ErrTokenRefused
 	}
-	return Identity{User: strings.Clone(user), ExpiresAt: int64(c.expires)*1000 + v.o.Leeway.Milliseconds()}, nil
+	return Identity{
+		User: strings.Clone(user), ExpiresAt: int64(c.expires)*1000 + v.o.Leeway.Milliseconds(),
+		DeviceID: strings.Clone(c.deviceID), Device: strings.Clone(c.device),
+	}, nil
 }
 
 // FromRequest returns who sends a request of the HTTP API, by its Authorization header.

@@ -27,7 +27,8 @@ type PushResult_Outcome int32
 
 const (
 	PushResult_OUTCOME_UNSPECIFIED PushResult_Outcome = 0
-	// The bytes were handed to the kernel for at least one session.
+	// At least one session has it: the bytes were handed to the kernel, or the client has acknowledged
+	// them where it does.
 	PushResult_OUTCOME_DELIVERED PushResult_Outcome = 1
 	// The user holds no session here.
 	PushResult_OUTCOME_OFFLINE PushResult_Outcome = 2
@@ -35,6 +36,8 @@ const (
 	PushResult_OUTCOME_SLOW_CONSUMER PushResult_Outcome = 3
 	// expire_at had passed.
 	PushResult_OUTCOME_EXPIRED PushResult_Outcome = 4
+	// The client acknowledges deliveries and has not acknowledged this one in time.
+	PushResult_OUTCOME_UNACKED PushResult_Outcome = 5
 )
 
 // Enum value maps for PushResult_Outcome.
@@ -45,6 +48,7 @@ var (
 		2: "OUTCOME_OFFLINE",
 		3: "OUTCOME_SLOW_CONSUMER",
 		4: "OUTCOME_EXPIRED",
+		5: "OUTCOME_UNACKED",
 	}
 	PushResult_Outcome_value = map[string]int32{
 		"OUTCOME_UNSPECIFIED":   0,
@@ -52,6 +56,7 @@ var (
 		"OUTCOME_OFFLINE":       2,
 		"OUTCOME_SLOW_CONSUMER": 3,
 		"OUTCOME_EXPIRED":       4,
+		"OUTCOME_UNACKED":       5,
 	}
 )
 
@@ -92,7 +97,9 @@ type PushRequest struct {
 	// data is valid JSON and reaches the client byte for byte.
 	Data []byte `protobuf:"bytes,4,opt,name=data,proto3" json:"data,omitempty"`
 	// expire_at in milliseconds since the Unix epoch; 0 means never.
-	ExpireAt      int64 `protobuf:"varint,5,opt,name=expire_at,json=expireAt,proto3" json:"expire_at,omitempty"`
+	ExpireAt int64 `protobuf:"varint,5,opt,name=expire_at,json=expireAt,proto3" json:"expire_at,omitempty"`
+	// device_id: only sessions of this device; empty means all of a target's.
+	DeviceId      string `protobuf:"bytes,6,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -160,6 +167,13 @@ func (x *PushRequest) GetExpireAt() int64 {
 		return x.ExpireAt
 	}
 	return 0
+}
+
+func (x *PushRequest) GetDeviceId() string {
+	if x != nil {
+		return x.DeviceId
+	}
+	return ""
 }
 
 type PushResponse struct {
@@ -427,8 +441,11 @@ type Session struct {
 	MessagesIn  int64 `protobuf:"varint,3,opt,name=messages_in,json=messagesIn,proto3" json:"messages_in,omitempty"`
 	MessagesOut int64 `protobuf:"varint,4,opt,name=messages_out,json=messagesOut,proto3" json:"messages_out,omitempty"`
 	// pending_bytes are accepted for this session and not yet handed to the kernel.
-	PendingBytes  int64  `protobuf:"varint,5,opt,name=pending_bytes,json=pendingBytes,proto3" json:"pending_bytes,omitempty"`
-	State         string `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
+	PendingBytes int64  `protobuf:"varint,5,opt,name=pending_bytes,json=pendingBytes,proto3" json:"pending_bytes,omitempty"`
+	State        string `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
+	// device_id and device (its kind) as the token or the connection named them; may be empty.
+	DeviceId      string `protobuf:"bytes,7,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
+	Device        string `protobuf:"bytes,8,opt,name=device,proto3" json:"device,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -501,6 +518,20 @@ func (x *Session) GetPendingBytes() int64 {
 func (x *Session) GetState() string {
 	if x != nil {
 		return x.State
+	}
+	return ""
+}
+
+func (x *Session) GetDeviceId() string {
+	if x != nil {
+		return x.DeviceId
+	}
+	return ""
+}
+
+func (x *Session) GetDevice() string {
+	if x != nil {
+		return x.Device
 	}
 	return ""
 }
@@ -715,26 +746,28 @@ var File_im_gateway_v1_gateway_proto protoreflect.FileDescriptor
 
 const file_im_gateway_v1_gateway_proto_rawDesc = "" +
 	"\n" +
-	"\x1bim/gateway/v1/gateway.proto\x12\rim.gateway.v1\"\x99\x01\n" +
+	"\x1bim/gateway/v1/gateway.proto\x12\rim.gateway.v1\"\xb6\x01\n" +
 	"\vPushRequest\x12&\n" +
 	"\x0ftarget_user_ids\x18\x01 \x03(\tR\rtargetUserIds\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x1d\n" +
 	"\n" +
 	"message_id\x18\x03 \x01(\tR\tmessageId\x12\x12\n" +
 	"\x04data\x18\x04 \x01(\fR\x04data\x12\x1b\n" +
-	"\texpire_at\x18\x05 \x01(\x03R\bexpireAt\"C\n" +
+	"\texpire_at\x18\x05 \x01(\x03R\bexpireAt\x12\x1b\n" +
+	"\tdevice_id\x18\x06 \x01(\tR\bdeviceId\"C\n" +
 	"\fPushResponse\x123\n" +
-	"\aresults\x18\x01 \x03(\v2\x19.im.gateway.v1.PushResultR\aresults\"\xe2\x01\n" +
+	"\aresults\x18\x01 \x03(\v2\x19.im.gateway.v1.PushResultR\aresults\"\xf8\x01\n" +
 	"\n" +
 	"PushResult\x12\x17\n" +
 	"\auser_id\x18\x01 \x01(\tR\x06userId\x12;\n" +
-	"\aoutcome\x18\x02 \x01(\x0e2!.im.gateway.v1.PushResult.OutcomeR\aoutcome\"~\n" +
+	"\aoutcome\x18\x02 \x01(\x0e2!.im.gateway.v1.PushResult.OutcomeR\aoutcome\"\x93\x01\n" +
 	"\aOutcome\x12\x17\n" +
 	"\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11OUTCOME_DELIVERED\x10\x01\x12\x13\n" +
 	"\x0fOUTCOME_OFFLINE\x10\x02\x12\x19\n" +
 	"\x15OUTCOME_SLOW_CONSUMER\x10\x03\x12\x13\n" +
-	"\x0fOUTCOME_EXPIRED\x10\x04\"y\n" +
+	"\x0fOUTCOME_EXPIRED\x10\x04\x12\x13\n" +
+	"\x0fOUTCOME_UNACKED\x10\x05\"y\n" +
 	"\vKickRequest\x12\x17\n" +
 	"\auser_id\x18\x01 \x01(\tR\x06userId\x12\x1d\n" +
 	"\n" +
@@ -744,7 +777,7 @@ const file_im_gateway_v1_gateway_proto_rawDesc = "" +
 	"\fKickResponse\x12\x16\n" +
 	"\x06closed\x18\x01 \x01(\x05R\x06closed\",\n" +
 	"\x11GetSessionRequest\x12\x17\n" +
-	"\auser_id\x18\x01 \x01(\tR\x06userId\"\xca\x01\n" +
+	"\auser_id\x18\x01 \x01(\tR\x06userId\"\xff\x01\n" +
 	"\aSession\x12\x1d\n" +
 	"\n" +
 	"session_id\x18\x01 \x01(\tR\tsessionId\x12!\n" +
@@ -753,7 +786,9 @@ const file_im_gateway_v1_gateway_proto_rawDesc = "" +
 	"messagesIn\x12!\n" +
 	"\fmessages_out\x18\x04 \x01(\x03R\vmessagesOut\x12#\n" +
 	"\rpending_bytes\x18\x05 \x01(\x03R\fpendingBytes\x12\x14\n" +
-	"\x05state\x18\x06 \x01(\tR\x05state\"g\n" +
+	"\x05state\x18\x06 \x01(\tR\x05state\x12\x1b\n" +
+	"\tdevice_id\x18\a \x01(\tR\bdeviceId\x12\x16\n" +
+	"\x06device\x18\b \x01(\tR\x06device\"g\n" +
 	"\x12GetSessionResponse\x12\x1d\n" +
 	"\n" +
 	"gateway_id\x18\x01 \x01(\tR\tgatewayId\x122\n" +
