@@ -36,6 +36,7 @@ type claim struct {
 
 	inbox   *inbox
 	window  *window
+	units   int   // deliveries that have not ended
 	marked  int64 // the offset last marked to be committed; -1: none
 	first   bool  // no record was read yet
 	idle    bool  // told to drain, and nothing is open
@@ -86,6 +87,8 @@ func (k *claim) close() {
 	k.c.active.Store(time.Now().UnixMilli())
 	k.retry.Stop()
 	k.inbox.close()
+	k.c.metrics.abandoned.Add(float64(k.units))
+	k.c.metrics.openUnits.Sub(float64(k.units))
 	if k.c.adopted {
 		for _, g := range []*prometheus.GaugeVec{k.c.metrics.lag, k.c.metrics.age, k.c.metrics.open} {
 			g.DeletePartialMatch(prometheus.Labels{"topic": k.topic})
@@ -229,15 +232,29 @@ func (k *claim) read(m *sarama.ConsumerMessage, now int64) {
 	d, err := codec.ParseDownstream(m.Key, m.Value, m.Topic, m.Partition, m.Offset)
 	k.window.add(d, m.Offset, len(m.Key)+len(m.Value), now)
 	if err != nil {
+		k.opened(1)
 		k.backlog = append(k.backlog, k.deadLetter(m, err))
 		return
 	}
 	d.Frame = codec.AppendDownstreamFrame(nil, d, now)
 	d.Owner, d.Pending, d.Forwarded = k.inbox, len(d.Targets), forwarded(m.Headers)
-	k.c.metrics.targets.Add(float64(len(d.Targets)))
+	k.opened(len(d.Targets))
 	for i, target := range d.Targets {
 		k.put(codec.ShardOf(target, k.c.shards), codec.Delivery{Record: d, Target: int32(i)})
 	}
+}
+
+// opened counts deliveries that are to end.
+func (k *claim) opened(n int) {
+	k.units += n
+	k.c.metrics.targets.Add(float64(n))
+	k.c.metrics.openUnits.Add(float64(n))
+}
+
+// ended counts one that has.
+func (k *claim) ended() {
+	k.units--
+	k.c.metrics.openUnits.Dec()
 }
 
 // settle takes what has ended.
@@ -271,7 +288,7 @@ func (k *claim) end(e codec.Ended) {
 	switch {
 	case e.End == codec.EndNone:
 		e.Record.Pending += int(e.Sessions) - 1
-		k.c.metrics.targets.Add(float64(e.Sessions - 1))
+		k.opened(int(e.Sessions) - 1)
 		if e.Elsewhere && k.c.opts.Locate != nil {
 			e.Record.Pending++
 			k.ask(e.Delivery, true)
@@ -291,6 +308,7 @@ func (k *claim) end(e codec.Ended) {
 // finish notes that one delivery of a record has ended for good.
 func (k *claim) finish(d *codec.Downstream, end codec.End) {
 	k.c.ends[end].Inc()
+	k.ended()
 	d.Pending--
 	if d.Pending == 0 {
 		k.window.done(d.Offset)
@@ -307,6 +325,7 @@ func (k *claim) sideDone(s sideResult) {
 			return
 		}
 		k.c.metrics.deadLetters.Inc()
+		k.ended()
 		k.window.done(r.offset)
 		return
 	}

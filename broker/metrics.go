@@ -95,7 +95,8 @@ func newProducerMetrics(p *Producer, r prometheus.Registerer) (producerMetrics, 
 // consumerMetrics are the consumer's.
 type consumerMetrics struct {
 	records, targets, deadLetters, marks, sessions prometheus.Counter
-	lookupsFailed                                  prometheus.Counter
+	lookupsFailed, abandoned                       prometheus.Counter
+	openUnits                                      prometheus.Gauge
 	ends                                           *prometheus.CounterVec
 	lag, age, open                                 *prometheus.GaugeVec
 }
@@ -103,10 +104,14 @@ type consumerMetrics struct {
 func newConsumerMetrics(r prometheus.Registerer) (consumerMetrics, error) {
 	m := consumerMetrics{
 		records:     counter("consumer_records_total", "Downstream records read."),
-		targets:     counter("consumer_targets_total", "Deliveries: one per record, target and session, or per record and target without one; each ends once."),
+		targets:     counter("consumer_targets_total", "Deliveries: one per record, target and session, one per record and target without a session, one per record that could not be parsed. Each ends once."),
 		deadLetters: counter("consumer_dead_letters_total", "Records that could not be parsed, stored as dead letters."),
 		lookupsFailed: counter("consumer_lookups_failed_total",
 			"Users who are not here and could not be looked up; their records are undelivered, as moved."),
+		abandoned: counter("consumer_abandoned_total",
+			"Deliveries that were open when their partition was lost; its next reader reads their records again."),
+		openUnits: prometheus.NewGauge(prometheus.GaugeOpts{Name: "im_gateway_consumer_open_deliveries",
+			Help: "Deliveries that have not ended."}),
 		marks:    counter("consumer_offsets_marked_total", "Times that a partition's offset to commit moved on; it is committed within a second."),
 		sessions: counter("consumer_sessions_total", "Times that the consumer group was joined."),
 		ends: counters("consumer_ends_total",
@@ -115,5 +120,5 @@ func newConsumerMetrics(r prometheus.Registerer) (consumerMetrics, error) {
 		age:  gauges("consumer_oldest_open_seconds", "Since the partition's oldest record that has not ended was read.", "topic", "partition"),
 		open: gauges("consumer_open_records", "Records read and not ended.", "topic", "partition"),
 	}
-	return m, register(r, m.records, m.targets, m.deadLetters, m.marks, m.sessions, m.lookupsFailed, m.ends, m.lag, m.age, m.open)
+	return m, register(r, m.records, m.targets, m.deadLetters, m.marks, m.sessions, m.lookupsFailed, m.abandoned, m.openUnits, m.ends, m.lag, m.age, m.open)
 }

@@ -75,7 +75,7 @@ func (k *claim) routed(r route) {
 	if r.found.Err != nil {
 		k.c.metrics.lookupsFailed.Inc()
 		if r.besides {
-			k.c.metrics.targets.Inc()
+			k.opened(1)
 		}
 		k.backlog = append(k.backlog, k.undelivered(codec.Ended{Delivery: r.Delivery, End: codec.EndMoved}, ""))
 		return
@@ -112,7 +112,7 @@ func (k *claim) routed(r route) {
 	if r.besides {
 		more++
 	}
-	k.c.metrics.targets.Add(float64(more))
+	k.opened(more)
 	for _, g := range gateways {
 		if d.Forwarded || g == k.c.opts.GatewayID || !k.c.opts.Alive(g) {
 			k.backlog = append(k.backlog, k.undelivered(codec.Ended{Delivery: r.Delivery, End: codec.EndMoved}, g))

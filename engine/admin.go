@@ -2,12 +2,14 @@ package engine
 
 import (
 	"context"
+	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -22,9 +24,12 @@ type AdminOptions struct {
 	Readiness *Readiness
 	Registry  *prometheus.Registry
 	Logger    zerolog.Logger
+	Token     string // that acting asks for; empty: nobody may
+	Drain     func() // begins to drain; must not block
 }
 
-// NewAdmin returns the handler of the operators' port: /healthz, /readyz, /metrics, /debug/pprof.
+// NewAdmin returns the handler of the operators' port: /healthz, /readyz, /metrics, /ledger,
+// /debug/pprof, and POST /drain.
 // It registers the metrics that say which gateway this is and whether it is ready.
 func NewAdmin(o AdminOptions) (http.Handler, error) {
 	info := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
@@ -60,6 +65,26 @@ func NewAdmin(o AdminOptions) (http.Handler, error) {
 	mux.Handle("GET /metrics", promhttp.HandlerFor(o.Registry, promhttp.HandlerOpts{
 		ErrorLog: promLog{o.Logger}, ErrorHandling: promhttp.ContinueOnError,
 	}))
+	mux.HandleFunc("GET /ledger", func(w http.ResponseWriter, _ *http.Request) {
+		l, err := ReadLedger(o.Registry)
+		if err != nil {
+			writeAdmin(w, http.StatusInternalServerError, map[string]any{"error": err.Error()})
+			return
+		}
+		writeAdmin(w, http.StatusOK, l)
+	})
+	mux.HandleFunc("POST /drain", func(w http.ResponseWriter, r *http.Request) {
+		given, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+		if o.Token == "" || subtle.ConstantTimeCompare([]byte(given), []byte(o.Token)) != 1 {
+			writeAdmin(w, http.StatusForbidden, map[string]any{
+				"error": "acting needs `Authorization: Bearer TOKEN` with the token configured as admin.token",
+			})
+			return
+		}
+		o.Logger.Info().Msg("drain asked for on the admin port")
+		o.Drain()
+		writeAdmin(w, http.StatusAccepted, map[string]any{"draining": true})
+	})
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
 	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
 	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)

@@ -18,18 +18,20 @@ type Config struct {
 	// must never share one.
 	GatewayID string `koanf:"gateway_id" check:"gateway_id"`
 
-	HTTP      HTTP      `koanf:"http"`
-	WebSocket WebSocket `koanf:"websocket"`
-	Auth      Auth      `koanf:"auth"`
-	Kafka     Kafka     `koanf:"kafka"`
-	Redis     Redis     `koanf:"redis"`
-	Etcd      Etcd      `koanf:"etcd"`
-	Logic     Logic     `koanf:"logic"`
-	GRPC      GRPC      `koanf:"grpc"`
-	Admin     Admin     `koanf:"admin"`
-	Shard     Shard     `koanf:"shard"`
-	Drain     Drain     `koanf:"drain"`
-	Log       Log       `koanf:"log"`
+	HTTP      HTTP          `koanf:"http"`
+	WebSocket WebSocket     `koanf:"websocket"`
+	Sessions  SessionRules  `koanf:"sessions"`
+	Auth      Auth          `koanf:"auth"`
+	Kafka     Kafka         `koanf:"kafka"`
+	Redis     Redis         `koanf:"redis"`
+	Etcd      Etcd          `koanf:"etcd"`
+	Logic     Logic         `koanf:"logic"`
+	GRPC      GRPC          `koanf:"grpc"`
+	Admin     Admin         `koanf:"admin"`
+	Shard     Shard         `koanf:"shard"`
+	Takeover  TakeoverRules `koanf:"takeover"`
+	Drain     Drain         `koanf:"drain"`
+	Log       Log           `koanf:"log"`
 }
 
 // HTTP is the public port: WebSocket and the HTTP API.
@@ -64,12 +66,40 @@ type WebSocket struct {
 	// closed with 4000. Must hold the largest downstream record. Cost: up to that much for each slow
 	// client.
 	EgressBudgetBytes int `koanf:"egress_budget_bytes" unit:"bytes" range:"64KiB..64MiB"`
+	// Bytes that may wait to be written to all clients together. Beyond it the consumer waits, client
+	// messages are refused with OVERLOADED, and the slowest clients are closed with 4000.
+	NodeEgressBudgetBytes int `koanf:"node_egress_budget_bytes" unit:"bytes" range:"1MiB..64GiB"`
+	// How long a client that acknowledges deliveries (ack=1) may take; then the record is undelivered.
+	AckTimeout time.Duration `koanf:"ack_timeout" range:"1s..10m"`
+	// Names of accepted client messages that are remembered for a minute, so that one sent again gets
+	// the first one's ack and is not stored twice. 0: none. Cost: about 120 bytes each.
+	RememberedMessages int `koanf:"remembered_messages" range:"0..10000000"`
 	// Connections held at once; further ones are refused. 0: what the limit on open files allows,
 	// with head-room for the gateway's own. Cost: about 4 KiB of memory each, kernel included.
 	MaxConnections int `koanf:"max_connections" range:"0..16000000"`
 	// The web origins that browsers may connect from; * stands for every origin. Empty: every origin,
 	// which is safe as sessions are opened by tokens, never by cookies.
 	AllowedOrigins []string `koanf:"allowed_origins" check:"origin"`
+}
+
+// SessionRules is how many sessions a user may have.
+type SessionRules struct {
+	// replace: one session per user, a newer one replaces the older (4500). allow:N, N from 2 to 64: up to
+	// N sessions per user, on any gateways; one more replaces the oldest, and one of the same device_id
+	// the session of that device. The same on all gateways.
+	Policy string `koanf:"policy" check:"sessions" required:"true"`
+	// With allow:N, a new session also replaces one of the same kind of device (phone, web, ...).
+	OnePerKind bool `koanf:"one_per_kind"`
+}
+
+// TakeoverRules is what is done about the downstream topics of gateways that have died.
+type TakeoverRules struct {
+	// How long a gateway's owner key must be missing in etcd until another gateway reads its topic.
+	After time.Duration `koanf:"after" range:"1s..24h"`
+	// How long the topic of a random gateway_id must stay empty until it is removed.
+	Quiet time.Duration `koanf:"quiet" range:"1s..168h"`
+	// Topics that this gateway takes over at a time; 0: none.
+	MaxTopics int `koanf:"max_topics" range:"0..1024"`
 }
 
 // Auth says how access tokens (JWT) are checked.
@@ -239,9 +269,12 @@ type GRPCTLS struct {
 
 // Admin is the operators' port.
 type Admin struct {
-	// The listener of /healthz, /readyz, /metrics and /debug/pprof. It asks for no login: keep it on
+	// The listener of /healthz, /readyz, /metrics, /ledger and /debug/pprof. It asks for no login: keep it on
 	// loopback or inside the cluster.
 	Addr string `koanf:"addr" check:"listen" required:"true"`
+	// The token that acting on this port (POST /drain) asks for, as `Authorization: Bearer TOKEN`. Empty:
+	// the port only shows.
+	Token string `koanf:"token" secret:"true"`
 }
 
 // Shard is the session registry.
@@ -254,6 +287,8 @@ type Shard struct {
 type Drain struct {
 	// Clients are asked to reconnect at moments spread over this window.
 	Window time.Duration `koanf:"window" range:"0s..30m"`
+	// Connections closed per second after that, with 4002: so fast the other gateways must take them.
+	CloseRate int `koanf:"close_rate" range:"1..1000000"`
 	// The whole stop takes no longer; what is unsettled then is given up. Must be longer than
 	// drain.window; keep it below the time your supervisor waits before it kills.
 	Deadline time.Duration `koanf:"deadline" range:"1s..1h"`

@@ -50,6 +50,17 @@ const (
 	DefaultDrainWindow   = 10 * time.Second
 	DefaultDrainDeadline = 25 * time.Second
 
+	DefaultNodeEgressBudgetBytes = 256 << 20
+	DefaultAckTimeout            = 30 * time.Second
+	DefaultRememberedMessages    = 32768
+	DefaultSessionPolicy         = policyReplace
+
+	DefaultTakeoverAfter     = 2 * time.Minute
+	DefaultTakeoverQuiet     = 10 * time.Minute
+	DefaultTakeoverMaxTopics = 16
+
+	DefaultCloseRate = 2000
+
 	DefaultLogLevel  = "info"
 	DefaultLogFormat = "auto"
 
@@ -62,12 +73,15 @@ func Default() Config {
 	return Config{
 		HTTP: HTTP{Addr: DefaultHTTPAddr, MaxRequests: DefaultMaxRequests},
 		WebSocket: WebSocket{
-			MaxMessageBytes:   DefaultMaxMessageBytes,
-			HeadBytes:         DefaultHeadBytes,
-			HandshakeTimeout:  DefaultHandshakeTimeout,
-			Heartbeat:         DefaultHeartbeat,
-			HeartbeatTimeout:  DefaultHeartbeatTimeout,
-			EgressBudgetBytes: DefaultEgressBudgetBytes,
+			MaxMessageBytes:       DefaultMaxMessageBytes,
+			HeadBytes:             DefaultHeadBytes,
+			HandshakeTimeout:      DefaultHandshakeTimeout,
+			Heartbeat:             DefaultHeartbeat,
+			HeartbeatTimeout:      DefaultHeartbeatTimeout,
+			EgressBudgetBytes:     DefaultEgressBudgetBytes,
+			NodeEgressBudgetBytes: DefaultNodeEgressBudgetBytes,
+			AckTimeout:            DefaultAckTimeout,
+			RememberedMessages:    DefaultRememberedMessages,
 		},
 		Auth: Auth{Algorithm: DefaultAlgorithm, Leeway: DefaultLeeway},
 		Kafka: Kafka{
@@ -94,11 +108,13 @@ func Default() Config {
 			PresenceTTL:     DefaultPresenceTTL,
 			RefreshInterval: DefaultRefreshInterval,
 		},
-		Etcd:  Etcd{Endpoints: []string{DefaultEtcdEndpoint}, LeaseTTL: DefaultLeaseTTL},
-		Logic: Logic{Target: DefaultLogicTarget, Deadline: DefaultLogicDeadline},
-		GRPC:  GRPC{Addr: DefaultGRPCAddr},
-		Admin: Admin{Addr: DefaultAdminAddr},
-		Drain: Drain{Window: DefaultDrainWindow, Deadline: DefaultDrainDeadline},
-		Log:   Log{Level: DefaultLogLevel, Format: DefaultLogFormat},
+		Etcd:     Etcd{Endpoints: []string{DefaultEtcdEndpoint}, LeaseTTL: DefaultLeaseTTL},
+		Logic:    Logic{Target: DefaultLogicTarget, Deadline: DefaultLogicDeadline},
+		GRPC:     GRPC{Addr: DefaultGRPCAddr},
+		Admin:    Admin{Addr: DefaultAdminAddr},
+		Sessions: SessionRules{Policy: DefaultSessionPolicy},
+		Takeover: TakeoverRules{After: DefaultTakeoverAfter, Quiet: DefaultTakeoverQuiet, MaxTopics: DefaultTakeoverMaxTopics},
+		Drain:    Drain{Window: DefaultDrainWindow, CloseRate: DefaultCloseRate, Deadline: DefaultDrainDeadline},
+		Log:      Log{Level: DefaultLogLevel, Format: DefaultLogFormat},
 	}
 }

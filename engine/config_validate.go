@@ -67,8 +67,25 @@ var checks = [...]check{
 	{"endpoint", "host:port or http(s)://host:port", validEndpoint},
 	{"target", "etcd:///NAME or host:port", validTarget},
 	{"topic", "1 to 249 of A-Z a-z 0-9 . _ -", validTopic},
+	{"sessions", "replace or allow:N with N from 2 to 64", func(s string) bool { return sessionPolicy(s) > 0 }},
 	{"origin", "* or an origin such as https://chat.example.com", validOrigin},
 	{"file", "a file that can be read", readable},
+}
+
+// policyReplace is the policy of one session per user.
+const policyReplace = "replace"
+
+// sessionPolicy is how many sessions a user may have by a policy; 0: it is none.
+func sessionPolicy(s string) int {
+	if s == policyReplace {
+		return 1
+	}
+	text, ok := strings.CutPrefix(s, "allow:")
+	n, err := strconv.Atoi(text)
+	if !ok || err != nil || n < 2 || n > 64 {
+		return 0
+	}
+	return n
 }
 
 func checkText(name string) string { return findCheck(name).text }

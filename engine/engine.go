@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -40,6 +41,8 @@ type Engine struct {
 	abort     context.CancelFunc
 	hard      context.Context // ends at Abort, and when Run returns
 	draining  atomic.Bool
+	askOnce   sync.Once
+	asked     chan struct{} // closed when a drain was asked for on the admin port
 	publicUp  chan struct{} // closed when the public port listens
 	httpAddr  net.Addr
 	adminAddr net.Addr
@@ -88,6 +91,7 @@ func New(cfg Config, logger zerolog.Logger) (*Engine, error) {
 		ready:    NewReadiness(needEtcd, needKafka, needRedis, needClients, needListener, needRegistry),
 		begin:    make(chan struct{}),
 		publicUp: make(chan struct{}),
+		asked:    make(chan struct{}),
 		failed:   make(chan error, 1),
 	}
 	if e.cfg.GatewayID == "" {
@@ -170,6 +174,7 @@ func (e *Engine) Run(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
+		case <-e.asked:
 		case <-e.hard.Done():
 		case err = <-e.failed:
 			e.log.Error().Err(err).Msg("cannot go on, stopping")

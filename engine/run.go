@@ -37,6 +37,7 @@ func (e *Engine) start(ctx context.Context) error {
 func (e *Engine) startAdmin(context.Context) error {
 	h, err := NewAdmin(AdminOptions{
 		GatewayID: e.cfg.GatewayID, Version: Version(), Readiness: e.ready, Registry: e.metrics, Logger: e.log,
+		Token: e.cfg.Admin.Token, Drain: func() { e.askOnce.Do(func() { close(e.asked) }) },
 	})
 	if err != nil {
 		return err
@@ -73,8 +74,7 @@ func (e *Engine) startEtcd(ctx context.Context) error {
 		return err
 	}
 	e.owner = registry.NewOwner(registry.OwnerOptions{
-		Client: e.etcd, GatewayID: e.cfg.GatewayID, Random: e.random,
-		Instance: fmt.Sprintf("%s/%016x", e.adminAddr, e.nonce), LeaseTTL: e.cfg.Etcd.LeaseTTL, Logger: e.log,
+		Client: e.etcd, GatewayID: e.cfg.GatewayID, Random: e.random, Instance: e.instance(), LeaseTTL: e.cfg.Etcd.LeaseTTL, Logger: e.log,
 	})
 	if err := e.metrics.Register(e.owner.LeaseLosses()); err != nil {
 		return fmt.Errorf("register the owner's metrics: %w", err)
@@ -97,6 +97,9 @@ func (e *Engine) startEtcd(ctx context.Context) error {
 	e.ready.Met(needEtcd)
 	return nil
 }
+
+// instance names this process among all that have or had its gateway_id.
+func (e *Engine) instance() string { return fmt.Sprintf("%s/%016x", e.adminAddr, e.nonce) }
 
 func (e *Engine) brokerOptions() (broker.Options, error) {
 	k := &e.cfg.Kafka
@@ -209,6 +212,9 @@ func (e *Engine) startShards(context.Context) error {
 		Shards: e.cfg.Shard.Count, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,
 		Topic: e.cfg.Kafka.UpstreamTopic, Heartbeat: w.Heartbeat, RefreshInterval: e.cfg.Redis.RefreshInterval,
 		AckDeadline: e.cfg.Kafka.AckDeadline, EgressBudget: w.EgressBudgetBytes, MaxMessageBytes: w.MaxMessageBytes,
+		NodeEgressBudget: w.NodeEgressBudgetBytes, AckTimeout: w.AckTimeout, RecentMessages: w.RememberedMessages,
+		CloseRate:   e.cfg.Drain.CloseRate,
+		MaxSessions: sessionPolicy(e.cfg.Sessions.Policy), ReplaceKind: e.cfg.Sessions.OnePerKind,
 		Egress: egress, Publisher: e.producer, Presence: e.presence, Events: e.producer,
 		Replaced: func(user, gateway, session string) {
 			e.peers.Kick(PeerKick{GatewayID: gateway, User: user, Session: session, Reason: "replaced by a newer session"})
@@ -280,11 +286,7 @@ func (e *Engine) startKafka(ctx context.Context) error {
 		return fmt.Errorf("connect the producer: %w", err)
 	}
 	e.consumer, err = broker.NewConsumer(opts, e.producer, e.cfg.Shard.Count, e.shards.Deliver, func(ctx context.Context) error {
-		err := e.owner.Check(ctx)
-		if errors.Is(err, registry.ErrNotOwner) {
-			return fmt.Errorf("%w: %w", broker.ErrFenced, err)
-		}
-		return err
+		return checkOwner(ctx, e.owner)
 	})
 	if err != nil {
 		return err
@@ -380,6 +382,24 @@ func (e *Engine) startRegistration(ctx context.Context) error {
 		return fmt.Errorf("register in etcd: %w", err)
 	}
 	e.grpc.SetServing(true)
+	opts, err := e.brokerOptions()
+	if err != nil {
+		return err
+	}
+	admin, err := broker.NewAdmin(opts)
+	if err != nil {
+		return err
+	}
+	t := &e.cfg.Takeover
+	takeover, err := NewTakeover(TakeoverOptions{
+		Etcd: e.etcd, Consumer: e.consumer, Admin: admin, GatewayID: e.cfg.GatewayID, Instance: e.instance(),
+		LeaseTTL: e.cfg.Etcd.LeaseTTL, After: t.After, Quiet: t.Quiet, MaxTopics: t.MaxTopics,
+		Logger: e.log, Registerer: e.metrics,
+	})
+	if err != nil {
+		return err
+	}
+	e.goTask(taskTakeover, func(ctx context.Context) error { takeover.Run(ctx); return nil })
 	e.ready.Met(needRegistry)
 	return nil
 }

@@ -8,7 +8,11 @@ import (
 	"im-gateway/codec"
 )
 
-const taskRegistration = "registration"
+// The tasks that a stop ends by name before the others.
+const (
+	taskRegistration = "registration"
+	taskTakeover     = "takeover"
+)
 
 // ackShare is the part of the time left that acks in flight may take: Kafka may be away, and the
 // sessions must still be closed in time.
@@ -29,6 +33,7 @@ func (e *Engine) stop(failure error) {
 	if e.server != nil {
 		e.server.StopAccepting()
 	}
+	e.task(taskTakeover).end(ctx)
 	if e.httpAddr != nil {
 		e.drainSessions(ctx, failure)
 	}

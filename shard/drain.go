@@ -10,9 +10,9 @@ import (
 
 // The pace of a drain and of the closes after it.
 const (
-	closesPerTick  = 1000                  // per shard, every 100 ms
-	reconnectDelay = 1000                  // a client is told to wait up to so many ms, at random
-	pollInterval   = 50 * time.Millisecond // of the waits below
+	defaultCloseRate = 10_000
+	reconnectDelay   = 1000                  // a client is told to wait up to so many ms, at random
+	pollInterval     = 50 * time.Millisecond // of the waits below
 )
 
 // drain is what a shard does while the gateway stops.
@@ -23,6 +23,7 @@ type drain struct {
 	perTick   int
 	closeCode codec.CloseCode // 0: not closing yet
 	closing   []codec.SessionID
+	allowance int // for closes, saved up over the ticks
 	reason    string
 }
 
@@ -41,7 +42,10 @@ func (s *shard) drainStep() {
 		s.send(ses, b.Arena[start:len(b.Arena):len(b.Arena)], codec.Delivery{})
 	}
 	d.announce = d.announce[n:]
-	n = min(closesPerTick, len(d.closing))
+	d.allowance += s.opts.CloseRate
+	perClose := int(time.Second/tickLength) * s.opts.Shards // of the allowance
+	n = min(d.allowance/perClose, len(d.closing))
+	d.allowance = min(d.allowance-n*perClose, perClose)
 	for _, id := range d.closing[:n] {
 		if ses := s.lookup(id); ses != nil {
 			s.close(ses, d.closeCode, d.reason)

@@ -20,7 +20,8 @@ type metrics struct {
 	deliveries                                                        prometheus.Counter
 	ends                                                              [codec.NumEnds]prometheus.Counter
 	refused                                                           map[codec.Code]prometheus.Counter
-	stored, late                                                      prometheus.Counter
+	accepted, stored, late                                            prometheus.Counter
+	failed                                                            map[codec.Code]prometheus.Counter
 	inFlight                                                          atomic.Int64
 	roundTime, tickTime                                               prometheus.Histogram
 }
@@ -58,6 +59,7 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 		panics:          counter("panics_total", "Panics caught in a shard."),
 		orphans:         counter("orphans_total", "Messages and results whose session had ended."),
 		unknown:         counter("ack_deadlines_total", "Records that had no result by the ack deadline."),
+		accepted:        counter("accepted_total", "Client messages accepted; each is stored, fails or is in flight."),
 		stored:          counter("stored_total", "Records that Kafka has acknowledged."),
 		late:            counter("stored_late_total", "Those of them that came after OUTCOME_UNKNOWN."),
 		retries:         counter("retries_total", "Messages sent again under the same name, answered as the first was."),
@@ -69,6 +71,7 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 		heartbeats:      counter("heartbeats_total", "Pings asked of the event loops."),
 		deliveries:      counter("deliveries_total", "Deliveries taken in: one per record, target and session; one for a target that is not connected."),
 		refused:         map[codec.Code]prometheus.Counter{},
+		failed:          map[codec.Code]prometheus.Counter{},
 		roundTime:       duration("round_seconds", "How long a shard was busy at a time; the sum is all its working time."),
 		tickTime:        duration("tick_seconds", "How long a shard was busy with what was due, heartbeats above all, at a time."),
 	}
@@ -84,8 +87,13 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 		Name: "im_gateway_shard_refused_total", Help: "Client messages refused, by code.",
 	}, []string{"code"})
 	register(refused)
+	lost := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "im_gateway_shard_failed_total", Help: "Accepted client messages that were not stored, or not as far as is known, by code.",
+	}, []string{"code"})
+	register(lost)
 	for _, code := range refusals {
 		m.refused[code] = refused.WithLabelValues(string(code))
+		m.failed[code] = lost.WithLabelValues(string(code))
 	}
 	forgotten := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "im_gateway_shard_recent_evicted_total",
@@ -150,7 +158,7 @@ func (m *metrics) refuse(code codec.Code) {
 type counts struct {
 	stored, late, inFlight, heartbeats int
 	recentUser, recentNode             int
-	deliveries, egress                 int
+	deliveries, egress, accepted       int
 	ends                               [codec.NumEnds]int
 }
 
@@ -166,6 +174,7 @@ func (s *shard) flushCounts() {
 		c.egress = 0
 	}
 	add(m.deliveries, &c.deliveries)
+	add(m.accepted, &c.accepted)
 	add(m.stored, &c.stored)
 	add(m.late, &c.late)
 	add(m.heartbeats, &c.heartbeats)

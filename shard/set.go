@@ -49,6 +49,7 @@ type Options struct {
 	NodeEgressBudget   int           // bytes that may wait for all sessions together; 0: no bound of its own
 	MaxSessions        int           // of one user; 1: a newer session replaces the older; 1
 	ReplaceKind        bool          // a newer session replaces one of the same kind of device
+	CloseRate          int           // sessions closed per second by CloseAll; 10,000
 	AckTimeout         time.Duration // how long a client may take to acknowledge a delivery; 30 s
 	MaxMessageBytes    int           // told to clients
 	MaxSessionInFlight int           // upstream messages without a result, per session; 256
@@ -71,6 +72,7 @@ func (o *Options) validate() error {
 	o.ClaimTimeout = orDefault(o.ClaimTimeout, time.Second)
 	o.DeliveryTimeout = orDefault(o.DeliveryTimeout, 30*time.Second)
 	o.AckTimeout = orDefault(o.AckTimeout, 30*time.Second)
+	o.CloseRate = orDefault(o.CloseRate, defaultCloseRate)
 	o.MaxSessions = orDefault(o.MaxSessions, 1)
 	o.MaxSessionInFlight = orDefault(o.MaxSessionInFlight, 256)
 	if o.Now == nil {
@@ -97,6 +99,8 @@ func (o *Options) validate() error {
 		return fmt.Errorf("ack timeout: %s, must be %s to %s", o.AckTimeout, tickLength, maxInterval)
 	case o.MaxSessions < 1 || o.MaxSessions > maxUserSessions:
 		return fmt.Errorf("sessions of a user: %d, must be 1 to %d", o.MaxSessions, maxUserSessions)
+	case o.CloseRate < 1:
+		return fmt.Errorf("close rate: %d, must be positive", o.CloseRate)
 	case o.NodeEgressBudget < 0:
 		return fmt.Errorf("egress budget of the node: %d bytes, must not be negative", o.NodeEgressBudget)
 	case o.RecentMessages < 0:

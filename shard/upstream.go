@@ -74,6 +74,7 @@ func (s *shard) accept(u *codec.Upstream) {
 	ofUser, ofNode := s.recent.add(u, s.now)
 	s.counts.recentUser += ofUser
 	s.counts.recentNode += ofNode
+	s.counts.accepted++
 	s.counts.inFlight++
 	s.up.Records = append(s.up.Records, u)
 }
@@ -145,6 +146,8 @@ func (s *shard) onResults(b *codec.UpstreamBatch) {
 			if u.Unknown {
 				s.counts.late++
 			}
+		} else if c := s.metrics.failed[u.Result.Code]; c != nil {
+			c.Inc()
 		}
 		s.answer(u)
 		for again := u.Same; again != nil; {
