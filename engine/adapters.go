@@ -44,9 +44,12 @@ const (
 // presenceBridge carries the shards' presence operations to Redis and the results back: one
 // goroutine per shard, so the operations of a user keep their order.
 type presenceBridge struct {
-	nonce   uint64
-	queues  []chan []shard.PresenceOp // never closed
-	store   *registry.Presence        // set before run
+	nonce  uint64
+	queues []chan []shard.PresenceOp // never closed
+	store  *registry.Presence        // set before run
+	// fenced, set before run, tells whether this process may not write presence: another has its
+	// gateway_id. It is asked before each round.
+	fenced  func(context.Context) error
 	results func(shard int, r []shard.PresenceResult)
 }
 
@@ -105,6 +108,12 @@ func (b *presenceBridge) round(ctx context.Context, ops []shard.PresenceOp) []sh
 	defer cancel()
 	late := time.Now().Add(-lateClaim).UnixMilli()
 	results := make([]shard.PresenceResult, len(ops))
+	if err := b.fenced(ctx); err != nil {
+		for i := range ops {
+			results[i] = shard.PresenceResult{Kind: ops[i].Kind, Session: ops[i].Session, Version: ops[i].Version, Err: err}
+		}
+		return results
+	}
 	for _, kind := range []shard.PresenceKind{shard.Claim, shard.Refresh, shard.Release} {
 		var entries []registry.Entry
 		var at []int

@@ -43,6 +43,7 @@ type Engine struct {
 	draining  atomic.Bool
 	askOnce   sync.Once
 	asked     chan struct{} // closed when a drain was asked for on the admin port
+	lapse     lapse
 	publicUp  chan struct{} // closed when the public port listens
 	httpAddr  net.Addr
 	adminAddr net.Addr
@@ -66,6 +67,13 @@ type Engine struct {
 	// failed takes the first error that ends the process.
 	failed chan error
 	tasks  []*task
+}
+
+// lapse is what checkAfterPause has found.
+type lapse struct {
+	mu     sync.Mutex
+	asked  time.Time // when etcd was asked last
+	fenced error     // another process owns the topic
 }
 
 // The conditions of readiness, in the order in which they are met.

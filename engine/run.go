@@ -98,6 +98,29 @@ func (e *Engine) startEtcd(ctx context.Context) error {
 	return nil
 }
 
+// checkAfterPause tells, after a time in which etcd has not confirmed the ownership, whether it was lost
+// meanwhile: a process that was stopped for long must not write presence before it knows. While etcd
+// does not answer it goes on, for nobody can have taken its place.
+func (e *Engine) checkAfterPause(ctx context.Context) error {
+	if !e.owner.Lapsed() {
+		return nil
+	}
+	e.lapse.mu.Lock()
+	defer e.lapse.mu.Unlock()
+	if e.lapse.fenced == nil && time.Since(e.lapse.asked) > lapsedPause {
+		err := e.owner.Check(ctx)
+		e.lapse.asked = time.Now()
+		if errors.Is(err, registry.ErrNotOwner) {
+			e.lapse.fenced = fmt.Errorf("presence is not written: %w", err)
+			e.fail(fmt.Errorf("%w: %w", ErrFenced, err))
+		}
+	}
+	return e.lapse.fenced
+}
+
+// lapsedPause is how long etcd is not asked again when it did not answer.
+const lapsedPause = 5 * time.Second
+
 // instance names this process among all that have or had its gateway_id.
 func (e *Engine) instance() string { return fmt.Sprintf("%s/%016x", e.adminAddr, e.nonce) }
 
@@ -225,6 +248,7 @@ func (e *Engine) startShards(context.Context) error {
 		return err
 	}
 	e.presence.results = e.shards.PresenceResults
+	e.presence.fenced = e.checkAfterPause
 	e.presence.store, err = registry.NewPresence(registry.PresenceOptions{
 		Client: e.redis, GatewayID: e.cfg.GatewayID, TTL: e.cfg.Redis.PresenceTTL, Registerer: e.metrics,
 	})
