@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -17,7 +18,7 @@ import (
 // enough that Redis, which runs a pipeline's scripts in one go, is never held for long.
 const presenceChunk = 500
 
-// The scripts, each on the one key of a user's entry, as Redis Cluster demands. ARGV: gateway_id,
+// The scripts of one session per user, each on the one key of a user's entry, as Redis Cluster demands. ARGV: gateway_id,
 // session_id, TTL in ms, connected_at, version. A version that is no number counts as none: an entry
 // written by hand must not keep its user out.
 //
@@ -66,37 +67,52 @@ type Entry struct {
 	ConnectedAt int64 // Unix ms
 	Version     int64 // what the claim returned; a claim itself ignores it
 	Late        bool  // of a claim: it comes long after ConnectedAt, and must not replace a newer session
+	DeviceID    string
+	DeviceKind  string // without a bar
 }
 
 // Claimed is the answer to a claim.
 type Claimed struct {
 	Version     int64
-	PrevGateway string // empty: there was no entry, or it was this very session's
+	Evicted     []Holder // the sessions whose place it has taken, on any gateway
+	Elsewhere   bool     // live sessions of the user on other gateways remain
+	PrevGateway string   // of one session per user; empty: there was no entry, or it was this very session's
 	PrevSession string
-	Superseded  bool // of a late claim: a session that connected later stands, and was left alone
+	Superseded  bool // of a late claim: sessions that connected later leave it no place, and were left alone
 	Err         error
 }
 
+// Holder names a session.
+type Holder struct{ GatewayID, Session string }
+
 // Refreshed is the answer to a refresh.
 type Refreshed struct {
-	Superseded bool // a newer entry stands
+	Superseded bool // newer sessions leave it no place
+	Elsewhere  bool // the user has live sessions on other gateways
 	Err        error
 }
 
-// Location is where a user is.
+// Location is where a user is. The device is known only where several sessions per user are allowed,
+// and to Locate.
 type Location struct {
 	GatewayID   string
 	Session     string
 	ConnectedAt int64 // Unix ms
 	Version     int64
+	DeviceID    string
+	DeviceKind  string
 }
 
 // PresenceOptions configure a Presence.
 type PresenceOptions struct {
-	Client     rueidis.Client
-	GatewayID  string
-	TTL        time.Duration // how long an entry outlives its last refresh; at least 1 s
-	Registerer prometheus.Registerer
+	Client    rueidis.Client
+	GatewayID string        // without a bar
+	TTL       time.Duration // how long an entry outlives its last refresh; at least 1 s
+	// MaxSessions is how many sessions a user may have, on all gateways; at most 1: a new one replaces
+	// the one before. With more, it replaces those of the same device, and the oldest beyond the limit.
+	MaxSessions int
+	ReplaceKind bool // with more: it also replaces those of the same kind of device
+	Registerer  prometheus.Registerer
 }
 
 // Presence keeps user_session:ID entries. All methods may be called from any goroutine; each sends
@@ -106,9 +122,13 @@ type PresenceOptions struct {
 type Presence struct {
 	o                       PresenceOptions
 	ttl                     string // ms
+	max, replaceKind        string // arguments of the scripts
 	claim, refresh, release *operation
 	lookups                 [2]prometheus.Counter // absent, present
 	lookupErrors            prometheus.Counter
+	locates                 [2]prometheus.Counter // absent, present
+	locateErrors            prometheus.Counter
+	locateSeconds           prometheus.Observer
 }
 
 // operation is one of the scripts with its metrics.
@@ -126,8 +146,8 @@ func NewPresence(o PresenceOptions) (*Presence, error) {
 	if o.TTL < time.Second {
 		return nil, fmt.Errorf("presence TTL: %s, must be at least 1s", o.TTL)
 	}
-	if o.GatewayID == "" {
-		return nil, errors.New("presence: no gateway_id")
+	if o.GatewayID == "" || strings.Contains(o.GatewayID, "|") {
+		return nil, fmt.Errorf("presence: gateway_id %q is empty or has a bar in it", o.GatewayID)
 	}
 	seconds := prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Name:    "im_gateway_presence_seconds",
@@ -136,8 +156,9 @@ func NewPresence(o PresenceOptions) (*Presence, error) {
 	}, []string{"kind"})
 	ops := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "im_gateway_presence_operations_total",
-		Help: "Presence operations by kind and result. claim: new, replaced, superseded. refresh: extended, written_again (the " +
-			"entry was missing or older), superseded. release: deleted, not_ours. lookup: present, absent. All: error.",
+		Help: "Presence operations by kind and result. claim: new, replaced (took the place of others), superseded. refresh: " +
+			"extended, written_again (the entry was missing or older), superseded. release: deleted, not_ours. lookup and " +
+			"locate: present, absent. All: error.",
 	}, []string{"kind", "result"})
 	operation := func(name, script string, results ...string) *operation {
 		sum := sha1.Sum([]byte(script))
@@ -150,13 +171,19 @@ func NewPresence(o PresenceOptions) (*Presence, error) {
 		}
 		return op
 	}
+	claim, refresh, release := claimScript, refreshScript, releaseScript
+	if o.MaxSessions > 1 {
+		claim, refresh, release = claimManyScript, refreshManyScript, releaseManyScript
+	}
 	p := &Presence{
-		o: o, ttl: strconv.FormatInt(o.TTL.Milliseconds(), 10),
-		claim:        operation("claim", claimScript, "new", "replaced", "superseded"),
-		refresh:      operation("refresh", refreshScript, "superseded", "extended", "written_again"),
-		release:      operation("release", releaseScript, "not_ours", "deleted"),
+		o: o, ttl: strconv.FormatInt(o.TTL.Milliseconds(), 10), max: strconv.Itoa(o.MaxSessions), replaceKind: flag(o.ReplaceKind),
+		claim:        operation("claim", claim, "new", "replaced", "superseded"),
+		refresh:      operation("refresh", refresh, "superseded", "extended", "written_again"),
+		release:      operation("release", release, "not_ours", "deleted"),
 		lookups:      [2]prometheus.Counter{ops.WithLabelValues("lookup", "absent"), ops.WithLabelValues("lookup", "present")},
 		lookupErrors: ops.WithLabelValues("lookup", "error"),
+		locates:      [2]prometheus.Counter{ops.WithLabelValues("locate", "absent"), ops.WithLabelValues("locate", "present")},
+		locateErrors: ops.WithLabelValues("locate", "error"), locateSeconds: seconds.WithLabelValues("locate"),
 	}
 	return p, register(o.Registerer, seconds, ops)
 }
@@ -164,20 +191,22 @@ func NewPresence(o PresenceOptions) (*Presence, error) {
 // PresenceKey is the key of a user's entry.
 func PresenceKey(user string) string { return "user_session:" + user }
 
-// Claim makes each entry this gateway's, whoever had it.
+// Claim makes each entry this gateway's, whoever had it; with several sessions per user, adds it to
+// the user's.
 func (p *Presence) Claim(ctx context.Context, entries []Entry) []Claimed {
 	out := make([]Claimed, len(entries))
 	p.exec(ctx, p.claim, entries, func(i int, r rueidis.RedisResult) (int, error) {
-		c, err := readClaim(r)
-		if c.PrevGateway == p.o.GatewayID && c.PrevSession == entries[i].Session {
-			c.PrevGateway, c.PrevSession = "", "" // a claim whose answer was lost, repeated
+		read := readClaim
+		if p.o.MaxSessions > 1 {
+			read = readClaimMany
 		}
+		c, err := read(r, Holder{p.o.GatewayID, entries[i].Session})
 		c.Err = err
 		out[i] = c
 		if c.Superseded {
 			return 2, err
 		}
-		if c.PrevGateway != "" {
+		if len(c.Evicted) > 0 {
 			return 1, err
 		}
 		return 0, err
@@ -185,7 +214,7 @@ func (p *Presence) Claim(ctx context.Context, entries []Entry) []Claimed {
 	return out
 }
 
-func readClaim(r rueidis.RedisResult) (Claimed, error) {
+func readClaim(r rueidis.RedisResult, self Holder) (Claimed, error) {
 	parts, err := r.AsStrSlice()
 	if err != nil {
 		return Claimed{}, err
@@ -200,7 +229,11 @@ func readClaim(r rueidis.RedisResult) (Claimed, error) {
 	if err != nil {
 		return Claimed{}, fmt.Errorf("version: %w", err)
 	}
-	return Claimed{Version: version, PrevGateway: parts[1], PrevSession: parts[2]}, nil
+	prev := Holder{parts[1], parts[2]}
+	if prev.GatewayID == "" || prev == self { // self: a claim whose answer was lost, repeated
+		return Claimed{Version: version}, nil
+	}
+	return Claimed{Version: version, Evicted: []Holder{prev}, PrevGateway: prev.GatewayID, PrevSession: prev.Session}, nil
 }
 
 // Refresh extends each entry, which carries the version that its claim was given, and writes those
@@ -209,6 +242,8 @@ func (p *Presence) Refresh(ctx context.Context, entries []Entry) []Refreshed {
 	out := make([]Refreshed, len(entries))
 	p.exec(ctx, p.refresh, entries, func(i int, r rueidis.RedisResult) (int, error) {
 		n, err := r.AsInt64()
+		out[i].Elsewhere = n&elsewhereBit != 0
+		n &^= elsewhereBit
 		out[i].Superseded = err == nil && n == 0
 		return int(n), err
 	}, func(i int, err error) { out[i].Err = err })
@@ -277,16 +312,24 @@ func (p *Presence) send(ctx context.Context, op *operation, chunk []Entry) []rue
 }
 
 func (p *Presence) args(e *Entry) []string {
-	late := "0"
-	if e.Late {
-		late = "1"
+	args := []string{
+		p.o.GatewayID, e.Session, p.ttl, strconv.FormatInt(e.ConnectedAt, 10), strconv.FormatInt(e.Version, 10), flag(e.Late),
 	}
-	return []string{
-		p.o.GatewayID, e.Session, p.ttl, strconv.FormatInt(e.ConnectedAt, 10), strconv.FormatInt(e.Version, 10), late,
+	if p.o.MaxSessions > 1 {
+		args = append(args, p.max, p.replaceKind, e.DeviceKind, e.DeviceID)
 	}
+	return args
 }
 
-// Lookup returns where a user is; false: nowhere.
+// flag is a truth value as an argument of a script.
+func flag(b bool) string {
+	if b {
+		return "1"
+	}
+	return "0"
+}
+
+// Lookup returns where a user's newest session is; false: nowhere.
 func (p *Presence) Lookup(ctx context.Context, user string) (Location, bool, error) {
 	c := p.o.Client
 	fields, err := c.Do(ctx, c.B().Hmget().Key(PresenceKey(user)).

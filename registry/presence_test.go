@@ -129,7 +129,7 @@ func TestPresenceEntry(t *testing.T) {
 	if d := ttl(t, c, "alice"); d <= presenceTTL-10*time.Second || d > presenceTTL {
 		t.Errorf("TTL %s", d)
 	}
-	if at, found := lookup(t, b, "alice"); !found || at != (Location{"gw-a", "s1", 1760000000000, first.Version}) {
+	if at, found := lookup(t, b, "alice"); !found || at != (Location{GatewayID: "gw-a", Session: "s1", ConnectedAt: 1760000000000, Version: first.Version}) {
 		t.Errorf("found %v at %+v", found, at)
 	}
 
