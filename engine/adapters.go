@@ -8,6 +8,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"im-gateway/broker"
 	"im-gateway/codec"
 	"im-gateway/registry"
 	"im-gateway/shard"
@@ -122,6 +123,7 @@ func (b *presenceBridge) round(ctx context.Context, ops []shard.PresenceOp) []sh
 				entries = append(entries, registry.Entry{
 					User: ops[i].User, Session: ops[i].Session.Name(b.nonce),
 					ConnectedAt: ops[i].ConnectedAt, Version: ops[i].Version, Late: ops[i].ConnectedAt < late,
+					DeviceID: ops[i].DeviceID, DeviceKind: ops[i].Device,
 				})
 				at = append(at, i)
 				results[i] = shard.PresenceResult{Kind: kind, Session: ops[i].Session, Version: ops[i].Version}
@@ -140,19 +142,34 @@ func (b *presenceBridge) do(ctx context.Context, kind shard.PresenceKind, entrie
 	case shard.Claim:
 		for i, c := range b.store.Claim(ctx, entries) {
 			r := &results[at[i]]
-			r.Version, r.Superseded, r.Err = c.Version, c.Superseded, c.Err
-			if c.PrevGateway != "" {
-				r.Evicted = []shard.Evicted{{Gateway: c.PrevGateway, Session: c.PrevSession}}
+			r.Version, r.Superseded, r.Elsewhere, r.Err = c.Version, c.Superseded, c.Elsewhere, c.Err
+			for _, h := range c.Evicted {
+				r.Evicted = append(r.Evicted, shard.Evicted{Gateway: h.GatewayID, Session: h.Session})
 			}
 		}
 	case shard.Refresh:
 		for i, c := range b.store.Refresh(ctx, entries) {
-			results[at[i]].Superseded, results[at[i]].Err = c.Superseded, c.Err
+			r := &results[at[i]]
+			r.Superseded, r.Elsewhere, r.Err = c.Superseded, c.Elsewhere, c.Err
 		}
 	case shard.Release:
 		for i, err := range b.store.Release(ctx, entries) {
 			results[at[i]].Err = err
 		}
+	}
+}
+
+// locate finds users for the consumer.
+func locate(p *registry.Presence) func(context.Context, []string) []broker.Located {
+	return func(ctx context.Context, users []string) []broker.Located {
+		out := make([]broker.Located, len(users))
+		for i, found := range p.Locate(ctx, users) {
+			out[i].Err = found.Err
+			for _, s := range found.Sessions {
+				out[i].Places = append(out[i].Places, broker.Place{GatewayID: s.GatewayID, DeviceID: s.DeviceID})
+			}
+		}
+		return out
 	}
 }
 

@@ -251,6 +251,7 @@ func (e *Engine) startShards(context.Context) error {
 	e.presence.fenced = e.checkAfterPause
 	e.presence.store, err = registry.NewPresence(registry.PresenceOptions{
 		Client: e.redis, GatewayID: e.cfg.GatewayID, TTL: e.cfg.Redis.PresenceTTL, Registerer: e.metrics,
+		MaxSessions: sessionPolicy(e.cfg.Sessions.Policy), ReplaceKind: e.cfg.Sessions.OnePerKind,
 	})
 	if err != nil {
 		return err
@@ -309,6 +310,7 @@ func (e *Engine) startKafka(ctx context.Context) error {
 	if err := e.until(ctx, e.producer.Ready()); err != nil {
 		return fmt.Errorf("connect the producer: %w", err)
 	}
+	opts.Locate, opts.Alive = locate(e.presence.store), e.gateways.Owned
 	e.consumer, err = broker.NewConsumer(opts, e.producer, e.cfg.Shard.Count, e.shards.Deliver, func(ctx context.Context) error {
 		return checkOwner(ctx, e.owner)
 	})

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -14,12 +16,14 @@ import (
 // ErrUnknownGateway is returned when no gateway of that id is registered.
 var ErrUnknownGateway = errors.New("no gateway of this id is registered")
 
-// Gateways knows the gRPC addresses of all gateways, and goes on knowing them while etcd is away.
+// Gateways knows the gRPC addresses of all gateways, and whose topics are read, and goes on knowing them
+// while etcd is away.
 type Gateways struct {
 	client *clientv3.Client
 	log    zerolog.Logger
 	resync time.Duration
 	addrs  atomic.Pointer[map[string]string] // by gateway_id; nil: not read yet
+	owners atomic.Pointer[map[string]string] // instances, by gateway_id; nil: not read yet
 }
 
 // NewGateways returns a Gateways that asks etcd each time until Run has read them.
@@ -29,12 +33,32 @@ func NewGateways(c *clientv3.Client, log zerolog.Logger) *Gateways {
 
 // Run follows the registrations until ctx ends. No failure of etcd ends it.
 func (g *Gateways) Run(ctx context.Context) {
-	f := &follower{
+	endpoints := &follower{
 		client: g.client, name: endpointPrefix, resync: g.resync, log: g.log,
 		changed: func(all map[string]string) { g.addrs.Store(&all) },
 		failed:  func(error) {},
 	}
-	f.run(ctx)
+	owners := &follower{
+		client: g.client, name: strings.TrimSuffix(ownerPrefix, "/"), resync: g.resync, log: g.log,
+		value:   func(b []byte) (string, error) { return string(b), nil },
+		changed: func(all map[string]string) { g.owners.Store(&all) },
+		failed:  func(error) {},
+	}
+	var both sync.WaitGroup
+	both.Go(func() { endpoints.run(ctx) })
+	both.Go(func() { owners.run(ctx) })
+	both.Wait()
+}
+
+// Owned tells whether somebody reads a gateway's topic, as far as is known: the gateway, or one that has
+// taken it over. It may be called from any goroutine and does not block.
+func (g *Gateways) Owned(gatewayID string) bool {
+	owners := g.owners.Load()
+	if owners == nil {
+		return true
+	}
+	_, ok := (*owners)[gatewayID]
+	return ok
 }
 
 // Addr returns the gRPC address of a gateway, or ErrUnknownGateway. It may be called from any

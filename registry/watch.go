@@ -17,12 +17,13 @@ import (
 // revisions from 1 again, and a watch that waits for a later one would not notice anything.
 const resyncEvery = 30 * time.Second
 
-// follower follows the endpoints registered under a name. Its fields are immutable.
+// follower follows the entries under a name, endpoints above all. Its fields are immutable.
 type follower struct {
 	client *clientv3.Client
 	name   string
 	resync time.Duration
 	log    zerolog.Logger
+	value  func([]byte) (string, error) // reads an entry; nil: endpointAddr
 	// changed is called with the address of each endpoint by the last part of its key, after every
 	// reading and every change. The map is its own to keep.
 	changed func(map[string]string)
@@ -105,7 +106,11 @@ func (f *follower) apply(all map[string]string, prefix, key string, value []byte
 		delete(all, id)
 		return
 	}
-	addr, err := endpointAddr(value)
+	read := f.value
+	if read == nil {
+		read = endpointAddr
+	}
+	addr, err := read(value)
 	if err != nil {
 		// Somebody else's mistake must not hide the other endpoints.
 		f.log.Warn().Err(err).Str("key", key).Msg("entry in etcd left out")

@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -43,28 +46,38 @@ func (d *deliverer) send(ctx context.Context, batch []delivery) error {
 	for i := range batch {
 		b := &batch[i]
 		if b.gateway != "" {
-			d.produce(ctx, b, b.gateway, b.users)
+			d.produce(ctx, b, b.gateway, b.users, false)
 			continue
 		}
-		// One record per gateway, for all of its users.
-		byGateway := make(map[string][]string, 1)
+		// One record per gateway, for all of its users. Those with sessions on several gateways are
+		// written to each of these, which must not forward to the others again.
+		byGateway := make(map[place][]string, 1)
 		for _, u := range b.users {
-			if g := where[u]; g != "" {
-				byGateway[g] = append(byGateway[g], u)
-			} else {
+			gateways := where[u]
+			for _, g := range gateways {
+				at := place{g, len(gateways) > 1}
+				byGateway[at] = append(byGateway[at], u)
+			}
+			if len(gateways) == 0 {
 				d.counts.offline.Add(1) // they get it by sync
 			}
 		}
-		for gateway, users := range byGateway {
-			d.produce(ctx, b, gateway, users)
+		for at, users := range byGateway {
+			d.produce(ctx, b, at.gateway, users, at.shared)
 		}
 	}
 	return nil
 }
 
+// place is where records go: a gateway, and whether the users have sessions on others too.
+type place struct {
+	gateway string
+	shared  bool
+}
+
 // find returns the gateways of those users of a batch that are connected.
-func (d *deliverer) find(ctx context.Context, batch []delivery) (map[string]string, error) {
-	where := make(map[string]string)
+func (d *deliverer) find(ctx context.Context, batch []delivery) (map[string][]string, error) {
+	where := make(map[string][]string)
 	var users []string
 	for i := range batch {
 		if batch[i].gateway != "" {
@@ -72,7 +85,7 @@ func (d *deliverer) find(ctx context.Context, batch []delivery) (map[string]stri
 		}
 		for _, u := range batch[i].users {
 			if _, asked := where[u]; !asked {
-				where[u] = ""
+				where[u] = nil
 				users = append(users, u)
 			}
 		}
@@ -90,24 +103,45 @@ func (d *deliverer) find(ctx context.Context, batch []delivery) (map[string]stri
 	return where, nil
 }
 
-func (d *deliverer) lookup(ctx context.Context, users []string, where map[string]string) error {
+func (d *deliverer) lookup(ctx context.Context, users []string, where map[string][]string) error {
 	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
 	commands := make(rueidis.Commands, len(users))
 	for i, u := range users {
-		commands[i] = d.redis.B().Hget().Key("user_session:" + u).Field("gateway_id").Build()
+		commands[i] = d.redis.B().Hgetall().Key("user_session:" + u).Build()
 	}
 	for i, result := range d.redis.DoMulti(ctx, commands...) {
-		gateway, err := result.ToString()
-		if err != nil && !rueidis.IsRedisNil(err) {
-			return fmt.Errorf("HGET user_session: %w", err)
+		session, err := result.AsStrMap()
+		if err != nil {
+			return fmt.Errorf("HGETALL user_session: %w", err)
 		}
-		where[users[i]] = gateway
+		where[users[i]] = gatewaysOf(session, time.Now().UnixMilli())
 	}
 	return nil
 }
 
-func (d *deliverer) produce(ctx context.Context, b *delivery, gateway string, users []string) {
+// gatewaysOf reads a presence entry: gateway_id names the newest session's gateway; where users may have
+// several sessions, each has a field s:SESSION of gateway|version|expires_ms|... besides.
+func gatewaysOf(session map[string]string, nowMS int64) (gateways []string) {
+	if g := session["gateway_id"]; g != "" {
+		gateways = append(gateways, g)
+	}
+	for name, value := range session {
+		if !strings.HasPrefix(name, "s:") {
+			continue
+		}
+		parts := strings.SplitN(value, "|", 4)
+		if len(parts) < 4 || slices.Contains(gateways, parts[0]) {
+			continue
+		}
+		if expires, err := strconv.ParseInt(parts[2], 10, 64); err == nil && expires > nowMS {
+			gateways = append(gateways, parts[0])
+		}
+	}
+	return gateways
+}
+
+func (d *deliverer) produce(ctx context.Context, b *delivery, gateway string, users []string, shared bool) {
 	record := downstream{
 		Type: b.kind, MessageID: b.id, TraceID: b.trace, Data: b.data, Timestamp: b.now,
 	}
@@ -118,6 +152,9 @@ func (d *deliverer) produce(ctx context.Context, b *delivery, gateway string, us
 	}
 	// Keyed by the (first) user, so that what one user gets stays in order.
 	out := &kgo.Record{Topic: d.prefix + gateway, Key: []byte(users[0]), Value: encode(record)}
+	if shared {
+		out.Headers = []kgo.RecordHeader{{Key: "im-hop", Value: []byte("1")}}
+	}
 	d.kafka.Produce(context.WithoutCancel(ctx), out, func(r *kgo.Record, err error) {
 		switch {
 		case err == nil:
