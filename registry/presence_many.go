@@ -35,6 +35,11 @@ local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
 local me, ttl = ARGV[2], tonumber(ARGV[3])
 local newest, live, gone, known, highest = {}, {}, {}, {}, 0
 local all = redis.call('HGETALL', KEYS[1])
+local function number(digits)
+  local n = tonumber(digits or '') or 0
+  if n < 2^53 then return n end
+  return 0
+end
 for i = 1, #all, 2 do
   local name, value = all[i], all[i + 1]
   if string.sub(name, 1, 2) ~= 's:' then
@@ -44,10 +49,10 @@ for i = 1, #all, 2 do
     local gateway, version, expires, connected, kind, device =
       string.match(value, '^([^|]*)|(%d+)|(%d+)|(%-?%d+)|([^|]*)|(.*)$')
     known[id] = true
-    if gateway and tonumber(version) >= 2^53 then gateway = nil end
-    if gateway then highest = math.max(highest, tonumber(version)) end
-    if gateway and tonumber(expires) > now then
-      live[id] = {id = id, gateway = gateway, version = tonumber(version), expires = expires,
+    version = number(version)
+    highest = math.max(highest, version)
+    if gateway and number(expires) > now then
+      live[id] = {id = id, gateway = gateway, version = version, expires = expires,
         connected = connected, kind = kind, device = device}
     else
       gone[name] = true
@@ -66,9 +71,8 @@ local function remove(id)
   gone['s:' .. id] = true
 end
 if newest.session_id and not known[newest.session_id] and string.find(newest.gateway_id or '', '^[^|]+$') then
-  local left, version = redis.call('PTTL', KEYS[1]), tonumber(string.match(newest.version or '', '^%d+$') or '0')
+  local left, version = redis.call('PTTL', KEYS[1]), number(string.match(newest.version or '', '^%d+$'))
   if left < 0 then left = ttl end
-  if version >= 2^53 then version = 0 end
   highest = math.max(highest, version)
   write({id = newest.session_id, gateway = newest.gateway_id, version = version, expires = text(now + left),
     connected = string.match(newest.connected_at or '', '^%-?%d+$') or '0', kind = '', device = ''})
@@ -129,9 +133,9 @@ local function session(version)
 end
 `
 
-// claim takes a version above all, as that of the other policy. A late one takes a version below those
-// of the sessions that connected after it, and so neither evicts them nor ranks above them. It returns
-// the version, empty when those leave it no place, 1 for sessions on other gateways, and the gateway
+// claim takes a version above all, as that of the other policy. A late one takes a version as much
+// below those of the sessions that connected after it as it connected before them, and so neither
+// evicts them nor ranks above them. It returns the version, empty when those leave it no place, 1 for sessions on other gateways, and the gateway
 // and session of each that it has evicted.
 const claimManyScript = manyPrelude + `
 local version = math.max(tonumber(clock[1]) * 1000000 + tonumber(clock[2]), highest + 1)
@@ -140,7 +144,8 @@ if ARGV[6] == '1' then
   for id, s in pairs(live) do
     if id ~= me then
       taken[s.version] = true
-      if tonumber(s.connected) > tonumber(ARGV[4]) then version = math.min(version, s.version - 1) end
+      local later = number(s.connected) - tonumber(ARGV[4])
+      if later > 0 then version = math.min(version, s.version - 1000 * later) end
     end
   end
   while taken[version] do version = version - 1 end

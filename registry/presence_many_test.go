@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strconv"
@@ -272,7 +273,6 @@ func TestManyLateClaims(t *testing.T) {
 	m.check("refreshed", "carol", newer, late)
 	later := at("gw-c", "s3", "", "", 1500, true) // between the two
 	if r := m.claim(later); !slices.Equal(r.Evicted, []Holder{{"gw-b", "s1"}}) {
-		// Its version is below the newer's, next to the late one's: that one had connected before it.
 		t.Errorf("between: %+v of version %d, newer %d, late %d", r, later.Version, newer.Version, late.Version)
 	}
 	m.check("between", "carol", newer, later)
@@ -578,32 +578,33 @@ func runManyModel(m *many, replaceKind bool, seed uint64) {
 		switch op := rnd.IntN(20); {
 		case op < 5 || s == nil:
 			s = session(pick(gateways...), user, fmt.Sprint("s", step), pick("", "d1", "d2", "d3"), pick("", "web", "phone"))
-			s.ConnectedAt, s.Late = int64(1000*step+rnd.IntN(500)), rnd.IntN(3) == 0
+			s.ConnectedAt, s.Late = time.Now().UnixMilli(), rnd.IntN(3) == 0
 			if s.Late {
-				s.ConnectedAt -= int64(rnd.IntN(20_000))
+				s.ConnectedAt -= int64(rnd.IntN(20))
 			}
 			purge()
 			r := m.claim(s)
-			highest, lowestLater := int64(0), int64(0)
-			superseded := false
+			highest, late := int64(0), int64(math.MaxInt64)
 			var later []*one
 			for _, x := range live {
 				highest = max(highest, x.Version)
 				if s.Late && x.ConnectedAt > s.ConnectedAt {
-					later, lowestLater = append(later, x), x.Version // the last is the lowest
+					later, late = append(later, x), min(late, x.Version-1000*(x.ConnectedAt-s.ConnectedAt))
 				}
 			}
-			// The version tells where it ranks; a superseded one has none.
-			if superseded = r.Superseded; superseded {
-				if len(later) == 0 {
-					t.Fatalf("%s: superseded by nobody", at)
-				}
-				s.Version = lowestLater - 1
-			} else if len(later) == 0 && s.Version <= highest || len(later) > 0 && s.Version >= lowestLater {
-				t.Fatalf("%s: version %d, highest %d, lowest later one %d", at, s.Version, highest, lowestLater)
+			for slices.ContainsFunc(live, func(x *one) bool { return x.Version == late }) {
+				late--
+			}
+			switch {
+			case r.Superseded && len(later) == 0:
+				t.Fatalf("%s: superseded by nobody", at)
+			case r.Superseded:
+				s.Version = late
+			case len(later) == 0 && s.Version <= highest, len(later) > 0 && s.Version != late:
+				t.Fatalf("%s: version %d, highest %d, of a late one %d", at, s.Version, highest, late)
 			}
 			evicted, ok := place(s)
-			if superseded == ok || !slices.Equal(r.Evicted, evicted) || r.Elsewhere != elsewhere(s) {
+			if r.Superseded == ok || !slices.Equal(r.Evicted, evicted) || r.Elsewhere != elsewhere(s) {
 				t.Fatalf("%s: claimed %+v, want evicted %v, placed %v", at, r, evicted, ok)
 			}
 			for _, x := range later {
