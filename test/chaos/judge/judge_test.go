@@ -13,6 +13,7 @@ import (
 )
 
 func TestHealthyHistoryHasNoViolations(t *testing.T) {
+	t.Parallel()
 	v := newWorld(t).judge()
 	if got := v.Violations(); len(got) != 0 {
 		t.Fatalf("violations of a healthy history: %v", got)
@@ -29,6 +30,7 @@ func TestHealthyHistoryHasNoViolations(t *testing.T) {
 }
 
 func TestDefects(t *testing.T) {
+	t.Parallel()
 	for _, tc := range []struct {
 		name   string
 		defect func(w *world)
@@ -50,6 +52,9 @@ func TestDefects(t *testing.T) {
 			w.client(alice).Acks[2].Partition, w.client(alice).Acks[2].Offset = 1, -1
 		}, Findings{FalseAcks: 1}, nil},
 		{"an ack with another topic", func(w *world) { w.client(alice).Acks[2].Topic = "elsewhere" }, Findings{FalseAcks: 1}, nil},
+		{"an ack with another topic and no offset", func(w *world) {
+			w.client(alice).Acks[2].Topic, w.client(alice).Acks[2].Offset = "elsewhere", -1
+		}, Findings{FalseAcks: 1}, nil},
 		{"an ack without an offset", func(w *world) { w.client(alice).Acks[2].Offset = -1 }, Findings{}, nil},
 		{"an acked record under another user's name", func(w *world) {
 			w.rewrite(upTopic, 0, 2, "user_id", "bob")
@@ -78,12 +83,24 @@ func TestDefects(t *testing.T) {
 		{"a duplicate on two gateways", func(w *world) { w.store(alice, 5, "gw-2", at(6)) },
 			Findings{}, func(c Counts) bool { return c.Duplicates == 1 }},
 		{"a duplicate on one gateway after its memory", func(w *world) { w.store(alice, 5, "gw-1", at(5+61)) }, Findings{}, nil},
+		{"a duplicate on one gateway after as many ids as it remembers", func(w *world) {
+			for n := messages + 1; n <= messages+duplicateIDs; n++ {
+				w.message(alice, n, "gw-1")
+			}
+			w.store(alice, messages, "gw-1", at(40))
+		}, Findings{}, func(c Counts) bool { return c.Duplicates == 1 }},
 		{"a duplicate on one gateway that died between", func(w *world) {
 			w.e.Deaths = []Death{{"gw-1", at(8)}}
 			w.store(alice, 5, "gw-1", at(10))
 		}, Findings{}, nil},
 		{"a duplicate on one gateway that died earlier", func(w *world) {
 			w.e.Deaths = []Death{{"gw-1", at(1)}}
+			w.store(alice, 5, "gw-1", at(10))
+		}, Findings{DuplicateSameGateway: 1}, nil},
+		{"a duplicate on one gateway that died later for good", func(w *world) {
+			w.e.Gateways, w.etcd = []string{"gw-2"}, []string{"gw-2"}
+			w.client(alice).Connects[0].Gateway, w.presence["alice"] = "gw-2", [2]string{"gw-2", "sa"}
+			w.e.Deaths = []Death{{"gw-1", at(30)}}
 			w.store(alice, 5, "gw-1", at(10))
 		}, Findings{DuplicateSameGateway: 1}, nil},
 		{"a duplicate on one gateway that died sometime", func(w *world) {
@@ -136,6 +153,10 @@ func TestDefects(t *testing.T) {
 			w.put(downPrefix+"gw-1", 0, "", map[string]any{"target_user_ids": []string{"alice", "bob"}, "message_id": "all", "data": 1}, at(1))
 			w.client(bob).Pushes = append(w.client(bob).Pushes, traffic.Push{MessageID: "all", Data: json.RawMessage("1"), Session: "sb1"})
 			w.undelivered(w.records[downPrefix+"gw-1"][0][len(w.records[downPrefix+"gw-1"][0])-1], "bob", "offline")
+		}, Findings{Lost: 1}, nil},
+		{"a record for several, undelivered for a stranger", func(w *world) {
+			w.put(downPrefix+"gw-1", 0, "", map[string]any{"target_user_ids": []string{"alice", "zoe"}, "message_id": "all", "data": 1}, at(1))
+			w.undelivered(w.records[downPrefix+"gw-1"][0][len(w.records[downPrefix+"gw-1"][0])-1], "zoe", "offline")
 		}, Findings{Lost: 1}, nil},
 		{"a record without a message id", func(w *world) {
 			n := w.put(downPrefix+"gw-1", 0, "", map[string]any{"user_id": "alice", "content": "hi"}, at(1))
@@ -213,6 +234,11 @@ func TestDefects(t *testing.T) {
 			w.e.Logs.Produced = append(w.e.Logs.Produced, traffic.Produced{User: "alice", Seq: 6, MessageID: "d-alice-6", Topic: "down-gone", Offset: 3, At: at(6)})
 			w.e.Deleted = []OffsetRange{{Topic: "down-gone", From: 0, To: 4, Before: at(20)}}
 		}, Findings{}, func(c Counts) bool { return c.DeletedLost == 1 && c.Gone == 1 }},
+		{"an ack beyond the deleted range", func(w *world) {
+			w.sent(alice, 6)
+			w.ack(alice, "alice-6", 700)
+			w.e.Deleted = []OffsetRange{{Topic: upTopic, From: 0, To: 700, Before: at(20)}}
+		}, Findings{FalseAcks: 1, AckedLost: 1}, nil},
 		{"forwarded from a deleted topic and lost", func(w *world) {
 			r := w.produce(alice, 6, "gw-2")
 			w.put(downPrefix+"gw-1", 0, "alice", r.Value, at(6), hopHeader, "1")
@@ -220,6 +246,7 @@ func TestDefects(t *testing.T) {
 		}, Findings{Lost: 1}, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
 			w := newWorld(t)
 			tc.defect(w)
 			v := w.judge()
@@ -269,6 +296,7 @@ func (w *world) rewrite(topic string, partition int, offset int, field string, v
 }
 
 func TestPresenceIsPolledUntilItIsRight(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.e.PresenceTTL = testTimeout
 	right := w.presence["alice"]
@@ -282,6 +310,7 @@ func TestPresenceIsPolledUntilItIsRight(t *testing.T) {
 }
 
 func TestUnreadableEvidenceIsAnError(t *testing.T) {
+	t.Parallel()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	if _, err := Judge(ctx, Evidence{UpstreamTopic: upTopic, Brokers: []string{"127.0.0.1:1"}, Redis: "127.0.0.1:1"}); err == nil {
@@ -290,6 +319,7 @@ func TestUnreadableEvidenceIsAnError(t *testing.T) {
 }
 
 func TestEachFindingIsAViolation(t *testing.T) {
+	t.Parallel()
 	var f Findings
 	v := reflect.ValueOf(&f).Elem()
 	for i := range v.NumField() {

@@ -21,6 +21,7 @@ func ids(c *ClientLog) []string {
 }
 
 func TestClientSendsOneAfterTheOther(t *testing.T) {
+	t.Parallel()
 	g := newGateway(t, func(p *peer) {
 		p.accept()
 		if got := p.request.Header.Get("Authorization"); got != "Bearer token-of-u" {
@@ -38,6 +39,10 @@ func TestClientSendsOneAfterTheOther(t *testing.T) {
 	r.until("acks", func(c *ClientLog) bool { return successes(c) >= 5 })
 	r.StopSending()
 	c := r.until("settlement", func(*ClientLog) bool { return r.Outstanding() == 0 })
+	stopped := time.Now()
+	if later := r.until("some time", func(*ClientLog) bool { return time.Since(stopped) > 50*every }); len(later.Sent) != len(c.Sent) {
+		t.Errorf("sent %d messages after the stop", len(later.Sent)-len(c.Sent))
+	}
 	a := c.Acks[1]
 	if a.ID != "u-2" || a.Topic != "up" || a.Partition != 3 || a.Offset != 12 {
 		t.Errorf("ack %+v", a)
@@ -51,6 +56,7 @@ func TestClientSendsOneAfterTheOther(t *testing.T) {
 }
 
 func TestClientSendsRefusedAgainBeforeTheNext(t *testing.T) {
+	t.Parallel()
 	g := newGateway(t, func(p *peer) {
 		p.accept()
 		p.failed(p.receive().MessageID, "OVERLOADED", 20)
@@ -75,6 +81,7 @@ func TestClientSendsRefusedAgainBeforeTheNext(t *testing.T) {
 }
 
 func TestClientTakesALateSuccess(t *testing.T) {
+	t.Parallel()
 	g := newGateway(t, func(p *peer) {
 		p.accept()
 		m := p.receive()
@@ -91,6 +98,7 @@ func TestClientTakesALateSuccess(t *testing.T) {
 }
 
 func TestClientResendsAfterACut(t *testing.T) {
+	t.Parallel()
 	for name, cut := range map[string]func(p *peer){
 		"between frames": func(p *peer) {},
 		"within a frame": func(p *peer) {
@@ -125,6 +133,7 @@ func TestClientResendsAfterACut(t *testing.T) {
 }
 
 func TestClientObeysCloseCodes(t *testing.T) {
+	t.Parallel()
 	for _, tc := range []struct {
 		code      int
 		reconnect func(int) bool
@@ -164,6 +173,7 @@ func TestClientObeysCloseCodes(t *testing.T) {
 }
 
 func TestClientLogsRefusedHandshakes(t *testing.T) {
+	t.Parallel()
 	g := newGateway(t, func(p *peer) { p.refuse(http.StatusServiceUnavailable, "OVERLOADED") }, serve)
 	r := runClient(t, ClientOptions{}, g)
 	c := r.until("session", func(c *ClientLog) bool { return len(c.Connects) == 1 })
@@ -173,6 +183,7 @@ func TestClientLogsRefusedHandshakes(t *testing.T) {
 }
 
 func TestClientAcknowledgesDeliveries(t *testing.T) {
+	t.Parallel()
 	acked := make(chan int64, 3) // the script's
 	g := newGateway(t, func(p *peer) {
 		p.accept()
@@ -211,6 +222,7 @@ func TestClientAcknowledgesDeliveries(t *testing.T) {
 }
 
 func TestClientGivesASilentConnectionUp(t *testing.T) {
+	t.Parallel()
 	g := newGateway(t, func(p *peer) {
 		p.accept()
 		p.idle()
@@ -229,6 +241,7 @@ func TestClientGivesASilentConnectionUp(t *testing.T) {
 }
 
 func TestClientLeavesOnAHint(t *testing.T) {
+	t.Parallel()
 	g := newGateway(t, func(p *peer) {
 		p.accept()
 		p.send("reconnect", `{"retry_after_ms":50,"reason":"drain"}`)
@@ -261,6 +274,7 @@ func TestClientLeavesOnAHint(t *testing.T) {
 }
 
 func TestClientWithAWindow(t *testing.T) {
+	t.Parallel()
 	g := newGateway(t, func(p *peer) {
 		p.accept()
 		var first []string

@@ -87,6 +87,7 @@ func untilProduced(t *testing.T, ctx context.Context, log *Log, ok func(p []Prod
 }
 
 func TestSenderFollowsTheUser(t *testing.T) {
+	t.Parallel()
 	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 	defer cancel()
 	srv := startServers(t)
@@ -125,6 +126,7 @@ func TestSenderFollowsTheUser(t *testing.T) {
 }
 
 func TestSenderRepeatsWhatKafkaRefused(t *testing.T) {
+	t.Parallel()
 	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 	defer cancel()
 	srv := startServers(t)
@@ -183,24 +185,28 @@ func relay(t *testing.T, srv *servers, topic string, keep func(r *kgo.Record) bo
 }
 
 func TestSwarmIsQuietWhenAllIsAccountedFor(t *testing.T) {
+	t.Parallel()
 	for _, tc := range []struct {
 		name  string
+		ack   bool
 		keep  bool // the seventh record
 		end   bool // it goes to undelivered
 		quiet bool
 	}{
-		{"all received", true, false, true},
-		{"one undelivered", false, true, true},
-		{"one lost", false, false, false},
+		{"all received", true, true, false, true},
+		{"one undelivered", true, false, true, true},
+		{"one lost", true, false, false, false},
+		{"one lost without acks", false, false, false, true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
 			ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 			defer cancel()
 			srv := startServers(t)
 			srv.redis.HSet("user_session:u", "gateway_id", "gw")
 			g := newGateway(t, relay(t, srv, "down-gw", func(r *kgo.Record) bool { return tc.keep || r.Offset != 6 }))
 			s, err := Start(ctx, SwarmOptions{
-				Clients: []ClientOptions{{User: "u", Addrs: []string{g.addr}, Ack: true, Every: every,
+				Clients: []ClientOptions{{User: "u", Addrs: []string{g.addr}, Ack: tc.ack, Every: every,
 					Token: func(string) (string, error) { return "t", nil }}},
 				Sender: srv.sender("u"), Undelivered: "undelivered", Deadletter: "dead",
 			})
@@ -226,7 +232,7 @@ func TestSwarmIsQuietWhenAllIsAccountedFor(t *testing.T) {
 			}
 			timeout := testTimeout
 			if !tc.quiet {
-				timeout = 2 * time.Second
+				timeout = settleTime + 2*time.Second // beyond what others are given
 			}
 			err = s.WaitQuiet(ctx, timeout)
 			if tc.quiet && err != nil {
@@ -240,6 +246,7 @@ func TestSwarmIsQuietWhenAllIsAccountedFor(t *testing.T) {
 }
 
 func TestSwarmIsNotQuietWithAMessageOutstanding(t *testing.T) {
+	t.Parallel()
 	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 	defer cancel()
 	g := newGateway(t, func(p *peer) {
@@ -268,6 +275,7 @@ func TestSwarmIsNotQuietWithAMessageOutstanding(t *testing.T) {
 }
 
 func TestLogsAsAFile(t *testing.T) {
+	t.Parallel()
 	log := &Log{}
 	r := log.Client(ClientLog{User: "u", Device: "d"})
 	r.connect(Connect{Gateway: "gw"})
