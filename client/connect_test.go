@@ -1,0 +1,399 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+func TestFinalCloses(t *testing.T) {
+	for _, code := range []int{4500, 4501, 4503} {
+		g := newGateway(t, func(_ int, p *peer) {
+			p.hello()
+			p.next()
+			p.close(code)
+		})
+		c := start(t, Options{URLs: []string{g.url()}})
+		ps := c.send(t, "m1")
+		err := c.ended(t)
+		if ce, ok := errors.AsType[*CloseError](err); !ok || ce.Code != code || ce.Reason != "why" {
+			t.Errorf("Run after %d: %v", code, err)
+		}
+		if s := c.await(t, Closed); s.Code != code || s.Reason != "why" {
+			t.Errorf("closed state %+v", s)
+		}
+		if _, err := wait(t, ps[0]); !errors.Is(err, ErrClosed) {
+			t.Errorf("Wait: %v", err)
+		}
+		if n := g.connections(); n != 1 {
+			t.Errorf("%d connections after %d", n, code)
+		}
+	}
+}
+
+func TestComesBackAfterOtherCloses(t *testing.T) {
+	codes := []int{4000, 4001, 4002, 1001, 1011, 1013, 1000}
+	g := newGateway(t, func(n int, p *peer) {
+		p.hello()
+		if n <= len(codes) {
+			p.close(codes[n-1])
+			return
+		}
+		p.acceptAll()
+	})
+	c := start(t, Options{URLs: []string{g.url()}})
+	stored(t, c.send(t, "m1"))
+	for _, code := range codes {
+		if s := c.await(t, Reconnecting); s.Code != code {
+			t.Errorf("close %d was told as %+v", code, s)
+		}
+	}
+}
+
+func TestExpiredToken(t *testing.T) {
+	for _, way := range []string{"4502", "401"} {
+		for _, lasting := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s lasting %t", way, lasting), func(t *testing.T) {
+				g := newGateway(t, func(_ int, p *peer) {
+					p.hello()
+					if p.r.Header.Get("Authorization") == "Bearer t1" || lasting {
+						p.close(4502)
+						return
+					}
+					p.acceptAll()
+				})
+				if way == "401" {
+					g.refuse = func(_ int, w http.ResponseWriter, r *http.Request) bool {
+						if r.Header.Get("Authorization") != "Bearer t1" && !lasting {
+							return false
+						}
+						w.WriteHeader(401)
+						fmt.Fprint(w, `{"success":false,"code":"TOKEN_EXPIRED","message":"why"}`)
+						return true
+					}
+				}
+				var n atomic.Int64
+				c := start(t, Options{URLs: []string{g.url()}, Token: func(context.Context) (string, error) {
+					return fmt.Sprintf("t%d", n.Add(1)), nil
+				}})
+				if !lasting {
+					stored(t, c.send(t, "m1"))
+					return
+				}
+				err := c.ended(t)
+				if ce, ok := errors.AsType[*CloseError](err); !ok || ce.Code != 4502 || n.Load() != 2 {
+					t.Errorf("Run: %v after %d tokens", err, n.Load())
+				}
+			})
+		}
+	}
+}
+
+func TestRefusedToken(t *testing.T) {
+	g := newGateway(t, nil)
+	g.refuse = func(_ int, w http.ResponseWriter, _ *http.Request) bool {
+		w.WriteHeader(401)
+		fmt.Fprint(w, `{"success":false,"code":"AUTH_FAILED","message":"why"}`)
+		return true
+	}
+	err := start(t, Options{URLs: []string{g.url()}}).ended(t)
+	if ce, ok := errors.AsType[*CloseError](err); !ok || ce.Code != 4503 || ce.Reason != "AUTH_FAILED why" {
+		t.Errorf("Run: %v", err)
+	}
+}
+
+func TestTokenErrorIsTriedAgain(t *testing.T) {
+	g := newGateway(t, func(_ int, p *peer) { p.hello(); p.acceptAll() })
+	var n atomic.Int64
+	c := start(t, Options{URLs: []string{g.url()}, Token: func(context.Context) (string, error) {
+		if n.Add(1) < 3 {
+			return "", errors.New("no token yet")
+		}
+		return "t", nil
+	}})
+	stored(t, c.send(t, "m1"))
+}
+
+func TestUnavailable(t *testing.T) {
+	a := newGateway(t, nil)
+	a.refuse = func(_ int, w http.ResponseWriter, _ *http.Request) bool {
+		w.Header().Set("Retry-After", "100")
+		w.WriteHeader(503)
+		return true
+	}
+	b := newGateway(t, func(n int, p *peer) {
+		p.hello()
+		if n < 4 {
+			p.close(4002)
+			return
+		}
+		p.acceptAll()
+	})
+	c := start(t, Options{URLs: []string{a.url(), b.url()}})
+	stored(t, c.send(t, "m1"))
+	if a.connections() != 1 || b.connections() != 4 {
+		t.Errorf("%d attempts at the one that is away for 100 s, %d at the other", a.connections(), b.connections())
+	}
+}
+
+func TestUnavailableAlone(t *testing.T) {
+	g := newGateway(t, func(_ int, p *peer) { p.hello(); p.acceptAll() })
+	g.refuse = func(n int, w http.ResponseWriter, _ *http.Request) bool {
+		if n == 1 {
+			w.Header().Set("Retry-After", "1")
+			w.WriteHeader(503)
+		}
+		return n == 1
+	}
+	c := start(t, Options{URLs: []string{g.url()}})
+	stored(t, c.send(t, "m1"))
+}
+
+func TestRetryAfter(t *testing.T) {
+	for v, want := range map[string]time.Duration{
+		"": 0, "x": 0, "-1": 0, "7": 7 * time.Second, "999999999999": maxHint,
+		"Mon, 02 Jan 2006 15:04:05 GMT": 0, "Mon, 02 Jan 2106 15:04:05 GMT": maxHint,
+	} {
+		if got := retryAfter(v); got != want {
+			t.Errorf("%q: %s, want %s", v, got, want)
+		}
+	}
+}
+
+// A hint moves the client to the next address, once what is outstanding is answered.
+func TestReconnectHint(t *testing.T) {
+	next := newGateway(t, func(_ int, p *peer) { p.hello(); p.acceptAll() })
+	sent := make(chan struct{})
+	closed := make(chan bool, 1)
+	old := newGateway(t, func(_ int, p *peer) {
+		p.hello()
+		p.next()
+		p.send(`{"type":"reconnect","data":{"retry_after_ms":1,"reason":"drain"}}`)
+		<-sent
+		p.accept("m1")
+		_, ok := p.next()
+		closed <- !ok
+	})
+	c := start(t, Options{URLs: []string{old.url(), next.url()}})
+	first := c.send(t, "m1")
+	// Time for the hint to fall due: the test holds without it too.
+	time.Sleep(50 * time.Millisecond)
+	rest := c.send(t, ids(2, 4)...)
+	close(sent)
+	stored(t, slices.Concat(first, rest))
+	equal(t, "old gateway", old.order(), ids(1, 1))
+	equal(t, "next gateway", next.order(), ids(2, 4))
+	if !<-closed {
+		t.Error("the old gateway got more")
+	}
+}
+
+func TestReconnectHintThenClose(t *testing.T) {
+	next := newGateway(t, func(_ int, p *peer) { p.hello(); p.acceptAll() })
+	old := newGateway(t, func(_ int, p *peer) {
+		p.hello()
+		p.next()
+		p.send(`{"type":"reconnect","data":{"retry_after_ms":100}}`)
+		p.close(4002)
+	})
+	c := start(t, Options{URLs: []string{old.url(), next.url()}})
+	stored(t, c.send(t, ids(1, 2)...))
+	equal(t, "next gateway", next.order(), ids(1, 2))
+}
+
+func TestSilence(t *testing.T) {
+	g := newGateway(t, func(n int, p *peer) {
+		if n > 1 {
+			p.hello()
+			p.acceptAll()
+			return
+		}
+		p.helloEvery(40)
+		for _, ok := p.next(); ok; _, ok = p.next() {
+		}
+	})
+	c := start(t, Options{URLs: []string{g.url()}})
+	if s := c.await(t, Reconnecting); !errors.Is(s.Err, errSilence) {
+		t.Errorf("ended by %v", s.Err)
+	}
+	stored(t, c.send(t, "m1"))
+}
+
+func TestPingsAreLife(t *testing.T) {
+	g := newGateway(t, func(_ int, p *peer) {
+		p.helloEvery(400) // so that 1 s of silence is too long
+		read := p.ws.CloseRead(p.ctx)
+		for range 15 {
+			_ = p.ws.Ping(p.ctx)
+			time.Sleep(100 * time.Millisecond)
+		}
+		p.send(`{"type":"done","data":1}`)
+		<-read.Done()
+	})
+	done := make(chan struct{})
+	c := start(t, Options{URLs: []string{g.url()}, Handle: func(Message) { close(done) }})
+	select {
+	case <-done:
+	case <-time.After(patience):
+		t.Fatal("never delivered")
+	}
+	c.stop()
+	c.ended(t)
+	if n := g.connections(); n != 1 {
+		t.Errorf("%d connections", n)
+	}
+}
+
+func TestDeliveries(t *testing.T) {
+	query := make(chan string, 10)
+	acked := make(chan string, 100)
+	g := newGateway(t, func(n int, p *peer) {
+		query <- p.r.URL.RawQuery
+		p.hello()
+		for i, id := range []string{"a", "b", "a", "c", "b", "d"} {
+			p.send(`{"type":"new-message","message_id":%q,"delivery_id":%d,"data":{"n":  "<%d>"}}`, id, i+1, n)
+		}
+		p.send(`{"type":"new-message","delivery_id":7,"data":null}`)
+		for range 7 {
+			_, b, err := p.ws.Read(p.ctx)
+			if err != nil {
+				return
+			}
+			acked <- string(b)
+		}
+		if n == 1 {
+			p.close(4000)
+			return
+		}
+		p.next()
+	})
+	got := make(chan Message, 100)
+	c := start(t, Options{URLs: []string{g.url()}, AckDeliveries: true, DeviceID: "d 1", Device: "phone",
+		Handle: func(m Message) { got <- m }})
+	for range 2 {
+		if q := <-query; q != "ack=1&device=phone&device_id=d+1" {
+			t.Errorf("query %q", q)
+		}
+		for i := range 7 {
+			select {
+			case a := <-acked:
+				if want := fmt.Sprintf(`{"type":"delivery-ack","data":{"delivery_id":%d}}`, i+1); a != want {
+					t.Errorf("ack %s, want %s", a, want)
+				}
+			case <-time.After(patience):
+				t.Fatal("no ack")
+			}
+		}
+	}
+	c.stop()
+	c.ended(t)
+	close(got)
+	var order []string
+	for m := range got {
+		order = append(order, m.ID)
+		if m.ID != "" && string(m.Data) != `{"n":  "<1>"}` {
+			t.Errorf("data %s", m.Data)
+		}
+	}
+	equal(t, "handled", order, []string{"a", "b", "c", "d", "", ""}) // those without an id each time
+}
+
+// What was received is handled, though Run was told to end.
+func TestReceivedIsHandled(t *testing.T) {
+	g := newGateway(t, func(_ int, p *peer) {
+		p.hello()
+		for i := range 50 {
+			p.send(`{"type":"new-message","message_id":"m%d","data":1}`, i+1)
+		}
+		p.next()
+	})
+	var c *running
+	var got []string
+	ready := make(chan struct{})
+	c = start(t, Options{URLs: []string{g.url()}, Handle: func(m Message) {
+		<-ready
+		got = append(got, m.ID)
+	}})
+	for len(c.inbox) < 49 {
+		time.Sleep(time.Millisecond)
+	}
+	c.stop()
+	close(ready)
+	c.ended(t)
+	equal(t, "handled", got, ids(1, 50))
+}
+
+func TestRefresh(t *testing.T) {
+	g := newGateway(t, func(_ int, p *peer) {
+		p.hello()
+		for n := 1; ; n++ {
+			f, ok := p.next()
+			switch {
+			case !ok:
+				return
+			case f.Type != "refresh-token" || string(f.Data) != `{"token":"t"}`:
+				p.close(1008)
+			case n == 1:
+				p.send(`{"type":"token-refreshed","data":{"expires_at":1760000000000}}`)
+			case n == 2:
+				p.send(`{"type":"error","data":{"code":"AUTH_FAILED","message":"no"}}`)
+			default:
+				p.close(4002)
+			}
+		}
+	})
+	errs := make(chan string, 10)
+	c := start(t, Options{URLs: []string{g.url()}, OnError: func(code, message string) { errs <- code + " " + message }})
+	c.await(t, Connected)
+	var at time.Time
+	var err error
+	for { // Connected is told just before the session can be used
+		if at, err = c.Refresh(t.Context()); !errors.Is(err, ErrNotConnected) {
+			break
+		}
+	}
+	if err != nil || at.UnixMilli() != 1760000000000 {
+		t.Errorf("refreshed until %s, %v", at, err)
+	}
+	_, err = c.Refresh(t.Context())
+	if re, ok := errors.AsType[*RefusedError](err); !ok || re.Code != "AUTH_FAILED" {
+		t.Errorf("refused: %v", err)
+	}
+	if s := <-errs; s != "AUTH_FAILED no" {
+		t.Errorf("error frame %q", s)
+	}
+	if _, err := c.Refresh(t.Context()); !errors.Is(err, ErrNotConnected) {
+		t.Errorf("cut: %v", err)
+	}
+	c.stop()
+	c.ended(t)
+	if _, err := c.Refresh(t.Context()); !errors.Is(err, ErrNotConnected) {
+		t.Errorf("closed: %v", err)
+	}
+}
+
+func TestStopClosesProperly(t *testing.T) {
+	code := make(chan int, 1)
+	g := newGateway(t, func(_ int, p *peer) {
+		p.hello()
+		_, _, err := p.ws.Read(p.ctx)
+		n, _ := closeCode(err)
+		code <- n
+	})
+	c := start(t, Options{URLs: []string{g.url()}})
+	if s := c.await(t, Connected); s.Gateway != "gw" || s.Session != "s1" || s.Degraded || s.URL != g.url() {
+		t.Errorf("state %+v", s)
+	}
+	c.stop()
+	if err := c.ended(t); !errors.Is(err, context.Canceled) {
+		t.Errorf("Run: %v", err)
+	}
+	if n := <-code; n != 1000 {
+		t.Errorf("the gateway saw close code %d", n)
+	}
+}
