@@ -162,8 +162,37 @@ return answer`
 
 // refresh returns as that of the other policy, and 4 more where the user has sessions on other
 // gateways. A repeated claim, whose answer the caller does not have yet, may have given its session a
-// version above the caller's.
-const refreshManyScript = manyPrelude + `
+// version above the caller's. The first part is the common case, for two thirds of the time: nothing
+// has expired, the caller's field is there and the newest one's too.
+const refreshManyScript = `
+do
+  local clock, all = redis.call('TIME'), redis.call('HGETALL', KEYS[1])
+  local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+  local find, named, newest = string.find, {}, {}
+  local mine, elsewhere, ordinary = 's:' .. ARGV[2], 0, true
+  for i = 1, #all, 2 do
+    local name = all[i]
+    if find(name, 's:', 1, true) == 1 then
+      local _, _, gateway, version, expires = find(all[i + 1], '^([^|]*)|(%d+)|(%d+)|')
+      if not gateway or (tonumber(expires) or 0) <= now then
+        ordinary = false
+        break
+      end
+      named[name] = gateway .. '|' .. version
+      if gateway ~= ARGV[1] then elsewhere = 4 end
+    else
+      newest[name] = all[i + 1]
+    end
+  end
+  if ordinary and named[mine] == ARGV[1] .. '|' .. ARGV[5] and newest.session_id and newest.gateway_id and newest.version
+    and named['s:' .. newest.session_id] == newest.gateway_id .. '|' .. newest.version then
+    redis.call('HSET', KEYS[1], mine, ARGV[1] .. '|' .. ARGV[5] .. '|' .. string.format('%.0f', now + ARGV[3]) .. '|' ..
+      ARGV[4] .. '|' .. ARGV[9] .. '|' .. ARGV[10])
+    redis.call('PEXPIRE', KEYS[1], ARGV[3])
+    return 1 + elsewhere
+  end
+end
+` + manyPrelude + `
 local result, mine = 0, live[me]
 if mine and mine.gateway == ARGV[1] then
   mine.version = math.max(mine.version, tonumber(ARGV[5]))
