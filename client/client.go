@@ -64,8 +64,10 @@ type Options struct {
 	URLs  []string                                  // ws:// or wss:// addresses of gateways, tried in turn
 	Token func(ctx context.Context) (string, error) // called before each connect, and by Refresh
 
-	Handle        func(Message) // called on one goroutine, in order; it must not wait for a Pending
-	AckDeliveries bool          // the gateway holds each message until Handle has returned
+	// Handle is called on one goroutine, in order. It must not wait for a Pending. While it is slow
+	// by more than 256 messages nothing is read, and the gateway may close with 4000.
+	Handle        func(Message)
+	AckDeliveries bool // the gateway holds each message until Handle has returned
 
 	DeviceID, Device string // the device and its kind; may be empty
 
@@ -216,16 +218,15 @@ func (c *Client) connections(ctx context.Context) error {
 	replaced := false                           // an expired token was replaced by a fresh one
 	for at := 0; ; at++ {
 		i := c.pick(at, notBefore)
-		if err := sleep(ctx, time.Until(notBefore[i])); err != nil {
-			return err
-		}
 		at = i
 		c.state(State{Phase: Connecting, URL: c.opts.URLs[i]})
 		s, err := c.connect(ctx, c.urls[i])
 		if err == nil {
+			c.setSession(s)
 			c.state(State{Phase: Connected, URL: c.opts.URLs[i], Gateway: s.gateway, Session: s.id, Degraded: s.degraded})
 			start := time.Now()
 			err = s.run(ctx)
+			c.setSession(nil)
 			if time.Since(start) > stableAfter {
 				bo.Reset()
 				replaced = false
@@ -250,6 +251,7 @@ func (c *Client) connections(ctx context.Context) error {
 		if u, ok := errors.AsType[*unavailableError](err); ok {
 			notBefore[i] = time.Now().Add(u.after + rand.N(u.after/5+1))
 		}
+		after = max(after, time.Until(notBefore[c.pick(at+1, notBefore)]))
 		c.state(State{Phase: Reconnecting, Err: err, Code: code, Reason: reason, After: after})
 		if err := sleep(ctx, after); err != nil {
 			return err

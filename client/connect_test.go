@@ -37,19 +37,18 @@ func TestFinalCloses(t *testing.T) {
 }
 
 func TestComesBackAfterOtherCloses(t *testing.T) {
-	codes := []int{4000, 4001, 4002, 1001, 1011, 1013, 1000}
-	g := newGateway(t, func(n int, p *peer) {
-		p.hello()
-		if n <= len(codes) {
-			p.close(codes[n-1])
-			return
-		}
-		p.acceptAll()
-	})
-	c := start(t, Options{URLs: []string{g.url()}})
-	stored(t, c.send(t, "m1"))
-	for _, code := range codes {
-		if s := c.await(t, Reconnecting); s.Code != code {
+	for _, code := range []int{4000, 4001, 4002, 1000, 1001, 1009, 1011, 1013} {
+		g := newGateway(t, func(n int, p *peer) {
+			p.hello()
+			if n == 1 {
+				p.close(code)
+				return
+			}
+			p.acceptAll()
+		})
+		c := start(t, Options{URLs: []string{g.url()}})
+		stored(t, c.send(t, "m1"))
+		if s := c.await(t, Reconnecting); s.Code != code || s.Reason != "why" {
 			t.Errorf("close %d was told as %+v", code, s)
 		}
 	}
@@ -350,13 +349,7 @@ func TestRefresh(t *testing.T) {
 	errs := make(chan string, 10)
 	c := start(t, Options{URLs: []string{g.url()}, OnError: func(code, message string) { errs <- code + " " + message }})
 	c.await(t, Connected)
-	var at time.Time
-	var err error
-	for { // Connected is told just before the session can be used
-		if at, err = c.Refresh(t.Context()); !errors.Is(err, ErrNotConnected) {
-			break
-		}
-	}
+	at, err := c.Refresh(t.Context())
 	if err != nil || at.UnixMilli() != 1760000000000 {
 		t.Errorf("refreshed until %s, %v", at, err)
 	}
@@ -396,4 +389,34 @@ func TestStopClosesProperly(t *testing.T) {
 	if n := <-code; n != 1000 {
 		t.Errorf("the gateway saw close code %d", n)
 	}
+}
+
+// While Handle keeps the client from reading, the gateway's silence proves nothing.
+func TestSlowHandleIsNoSilence(t *testing.T) {
+	const messages = inboxSize + 100
+	g := newGateway(t, func(n int, p *peer) {
+		p.helloEvery(200) // so that 0.5 s of silence is too long
+		if n == 1 {
+			for i := range messages {
+				p.send(`{"type":"new-message","message_id":"m%d","data":1}`, i+1)
+			}
+		}
+		p.next()
+	})
+	var got []string
+	all := make(chan struct{})
+	start(t, Options{URLs: []string{g.url()}, Handle: func(m Message) {
+		if got = append(got, m.ID); len(got) == 1 {
+			time.Sleep(time.Second)
+		}
+		if len(got) == messages {
+			close(all)
+		}
+	}})
+	select {
+	case <-all:
+	case <-time.After(patience):
+		t.Fatal("messages are missing")
+	}
+	equal(t, "handled", got, ids(1, messages))
 }

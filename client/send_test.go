@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -101,16 +102,25 @@ func TestOrderUnderRefusals(t *testing.T) {
 	codes := []string{"OVERLOADED", "BROKER_UNAVAILABLE", "RATE_LIMITED"}
 	r := rand.New(rand.NewPCG(1, 2))
 	refused, cuts := 0, 0
+	var mu sync.Mutex // of the variables above: two connections may overlap
 	g := newGateway(t, func(_ int, p *peer) {
 		p.hello()
 		for f, ok := p.next(); ok; f, ok = p.next() {
-			switch n := r.IntN(40); {
-			case n < 15:
+			mu.Lock()
+			n, after := r.IntN(40), 1+r.IntN(3)
+			refuse, cut := n < 15, n == 15 && cuts < 4
+			if refuse {
 				refused++
-				p.answer(f.MessageID, codes[n%3], 1+r.IntN(3))
-			case n == 15 && cuts < 5:
+			}
+			if cut {
 				cuts++
-				if r.IntN(2) == 0 { // stored, but the answer is lost
+			}
+			mu.Unlock()
+			switch {
+			case refuse:
+				p.answer(f.MessageID, codes[n%3], after)
+			case cut:
+				if after == 1 { // stored, but the answer is lost
 					p.g.mu.Lock()
 					p.g.accepted = append(p.g.accepted, f.MessageID)
 					p.g.mu.Unlock()
@@ -141,7 +151,7 @@ func TestOrderUnderRefusals(t *testing.T) {
 
 // After a refusal a wide window drains, then goes on from the refused message, one at a time.
 func TestWideWindowAfterRefusal(t *testing.T) {
-	var seen []string
+	var seen []string // read after the acks that follow its writes
 	g := newGateway(t, func(_ int, p *peer) {
 		p.hello()
 		next := func() {
@@ -171,13 +181,13 @@ func TestWideWindowAfterRefusal(t *testing.T) {
 func TestWideWindowKeepsOrderAcrossCuts(t *testing.T) {
 	g := newGateway(t, func(n int, p *peer) {
 		p.hello()
-		for i := 0; n < 6 && i < 10; i++ {
+		for i := 0; n < 4 && i < 10; i++ {
 			f, _ := p.next()
 			if i < 4 {
 				p.accept(f.MessageID)
 			}
 		}
-		if n < 6 {
+		if n < 4 {
 			p.raw.Close()
 			return
 		}

@@ -214,14 +214,12 @@ func (s *session) run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { s.end(ctx.Err()) })
 	defer stop()
 	s.c.outbox.restart()
-	s.c.setSession(s)
 
 	var wg sync.WaitGroup
 	wg.Go(func() { s.end(s.receive()) })
 	wg.Go(s.send)
 	wg.Go(s.watch)
 	<-s.ctx.Done()
-	s.c.setSession(nil)
 
 	err := context.Cause(s.ctx)
 	if ctx.Err() != nil || errors.Is(err, errMoved) {
