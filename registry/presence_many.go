@@ -152,7 +152,6 @@ if ARGV[6] == '1' then
 end
 local evicted = nil
 if version >= 0 then evicted = place(session(version)) end
-if not evicted and live[me] and live[me].gateway == ARGV[1] then remove(me) end
 local answer = {evicted and text(version) or '', store() and '1' or '0'}
 for _, s in ipairs(evicted or {}) do
   answer[#answer + 1] = s.gateway
