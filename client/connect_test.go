@@ -197,11 +197,14 @@ func TestReconnectHintThenClose(t *testing.T) {
 	old := newGateway(t, func(_ int, p *peer) {
 		p.hello()
 		p.next()
-		p.send(`{"type":"reconnect","data":{"retry_after_ms":100}}`)
+		p.send(`{"type":"reconnect","data":{"retry_after_ms":0}}`)
 		p.close(4002)
 	})
 	c := start(t, Options{URLs: []string{old.url(), next.url()}})
 	stored(t, c.send(t, ids(1, 2)...))
+	if s := c.await(t, Reconnecting); s.After != 0 {
+		t.Errorf("backs off for %s, the hint said 0", s.After)
+	}
 	equal(t, "next gateway", next.order(), ids(1, 2))
 }
 

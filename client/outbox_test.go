@@ -86,6 +86,37 @@ func TestRetryTimes(t *testing.T) {
 	})
 }
 
+// After a refusal a wide window drains, then goes on one by one until the refused are settled.
+func TestWindowAfterRefusal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := box(t, 3, 7)
+		for _, id := range ids(1, 3) {
+			o.expect(t, id)
+		}
+		o.refuse("m1", "OVERLOADED", 1)
+		time.Sleep(time.Millisecond)
+		o.expect(t, "") // m2 and m3 are outstanding
+		o.success("m2")
+		o.expect(t, "")
+		o.refuse("m3", "OVERLOADED", 1)
+		time.Sleep(time.Millisecond)
+		o.expect(t, "m1")
+		o.expect(t, "")
+		o.refuse("m1", "OVERLOADED", 5)
+		o.expect(t, "") // m3 may go by its own time, but not before m1
+		time.Sleep(5 * time.Millisecond)
+		o.expect(t, "m1")
+		o.success("m1")
+		o.expect(t, "m3")
+		o.expect(t, "")
+		o.success("m3")
+		for _, id := range ids(4, 6) {
+			o.expect(t, id)
+		}
+		o.expect(t, "")
+	})
+}
+
 func TestLeaving(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := box(t, 2, 4)
