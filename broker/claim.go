@@ -229,6 +229,7 @@ func (k *claim) take(ctx context.Context, m *sarama.ConsumerMessage) error {
 func (k *claim) read(m *sarama.ConsumerMessage, now int64) {
 	k.c.metrics.records.Inc()
 	k.c.active.Store(now)
+	hookRead(k, m.Offset)
 	d, err := codec.ParseDownstream(m.Key, m.Value, m.Topic, m.Partition, m.Offset)
 	k.window.add(d, m.Offset, len(m.Key)+len(m.Value), now)
 	if err != nil {

@@ -104,7 +104,7 @@ func TestProducerClassifiesErrors(t *testing.T) {
 		err  *kerr.Error
 		want codec.Code
 	}{
-		{kerr.MessageTooLarge, codec.MessageTooLarge},
+		{kerr.MessageTooLarge, codec.Overloaded}, // of its batch: it is small itself
 		{kerr.InvalidRecord, codec.BrokerUnavailable},
 		{kerr.TopicAuthorizationFailed, codec.BrokerUnavailable},
 		{kerr.UnknownServerError, codec.OutcomeUnknown},

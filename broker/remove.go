@@ -30,6 +30,24 @@ func (a *Admin) HasTopic(ctx context.Context, gatewayID string) (bool, error) {
 	return true, nil
 }
 
+// EnsureOwn creates this gateway's downstream topic when it is missing, as when somebody has deleted it.
+func (a *Admin) EnsureOwn(ctx context.Context) error {
+	exists, err := a.HasTopic(ctx, a.opts.GatewayID)
+	if exists || err != nil {
+		return err
+	}
+	client, err := a.client(ctx)
+	if err != nil {
+		return err
+	}
+	admin, err := sarama.NewClusterAdminFromClient(client)
+	if err != nil {
+		return fmt.Errorf("kafka: %w", errors.Join(ctx.Err(), err, client.Close()))
+	}
+	defer func() { _ = admin.Close() }() // closes the client too
+	return a.createTopic(admin, a.wanted()[0])
+}
+
 // client returns a client that is cut off when ctx ends.
 func (a *Admin) client(ctx context.Context) (sarama.Client, error) {
 	l := newLink()

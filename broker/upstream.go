@@ -83,6 +83,10 @@ func (r *upstreamRecord) clear() {
 	r.key, r.value, r.up = nil, nil, nil
 }
 
+// innocentShare is the part of the largest record below which one is not too large itself when the broker
+// says so of its batch.
+const innocentShare = 16
+
 // feed hands over what the shards queue, until it is told to stop and has emptied the queue. It is
 // the only goroutine that an outage blocks.
 func (p *Producer) feed(input chan<- *sarama.ProducerMessage) {
@@ -207,6 +211,9 @@ func (g *gathering) add(m *sarama.ProducerMessage, err error) {
 		}
 	case codec.MessageTooLarge:
 		p.metrics.tooLarge.Inc()
+		if r.size < int64(p.opts.MaxRecordBytes/innocentShare) { // refused with the batch that it was in
+			u.Result.Code, u.Result.RetryAfterMS = codec.Overloaded, retryUnavailableMS
+		}
 	case codec.BrokerUnavailable:
 		p.metrics.unavailable.Inc()
 		u.Result.RetryAfterMS = retryUnavailableMS

@@ -311,8 +311,15 @@ func (e *Engine) startKafka(ctx context.Context) error {
 		return fmt.Errorf("connect the producer: %w", err)
 	}
 	opts.Locate, opts.Alive = locate(e.presence.store), e.gateways.Owned
+	admin, err := broker.NewAdmin(opts)
+	if err != nil {
+		return err
+	}
 	e.consumer, err = broker.NewConsumer(opts, e.producer, e.cfg.Shard.Count, e.shards.Deliver, func(ctx context.Context) error {
-		return checkOwner(ctx, e.owner)
+		if err := checkOwner(ctx, e.owner); err != nil {
+			return err
+		}
+		return admin.EnsureOwn(ctx)
 	})
 	if err != nil {
 		return err

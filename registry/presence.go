@@ -175,6 +175,7 @@ func NewPresence(o PresenceOptions) (*Presence, error) {
 	if o.MaxSessions > 1 {
 		claim, refresh, release = claimManyScript, refreshManyScript, releaseManyScript
 	}
+	release = releaseBy(release)
 	p := &Presence{
 		o: o, ttl: strconv.FormatInt(o.TTL.Milliseconds(), 10), max: strconv.Itoa(o.MaxSessions), replaceKind: flag(o.ReplaceKind),
 		claim:        operation("claim", claim, "new", "replaced", "superseded"),

@@ -46,6 +46,7 @@ func (s *shard) onMessage(u *codec.Upstream) {
 		return
 	}
 	ses.in++
+	hookMessage(u)
 	again := s.recent.find(u, s.now)
 	if again != nil && again.flight == nil {
 		s.answerAgain(ses, u, again)
@@ -77,6 +78,7 @@ func (s *shard) accept(u *codec.Upstream) {
 	s.counts.accepted++
 	s.counts.inFlight++
 	s.up.Records = append(s.up.Records, u)
+	hookAccepted(s, u)
 }
 
 // refuse answers with an error: under the message's name, where it has one.

@@ -38,6 +38,7 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 		}
 		return
 	}
+	hookFrame(&m)
 	switch string(m.Type) {
 	case codec.TypePing:
 		cn.reply(codec.AppendPong(l.scratch[:0], l.now))
