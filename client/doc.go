@@ -33,10 +33,11 @@
 // # Order
 //
 // With a Window of 1, the default, the gateway accepts messages in the order in which Send was
-// called, whatever is refused or cut in between. With a larger Window that holds only while nothing
-// is refused: what was already on its way behind a refused message may be stored before it. The
-// client then stops, waits until all outstanding messages are answered, and sends again from the
-// refused one on, one at a time until every refused one is settled.
+// called, whatever is refused or cut in between, at the price of one message per round trip to
+// Kafka. With a larger Window that order holds only while nothing is refused: what was already on
+// its way behind a refused message may be stored before it. The client then stops, waits until all
+// outstanding messages are answered, and sends again from the refused one on, one at a time until
+// every refused one is settled.
 //
 // # Receiving
 //
@@ -48,9 +49,9 @@
 // # Connecting
 //
 // The addresses are tried in turn, with a jittered back-off from 100 ms to 10 s, a refusal's
-// Retry-After respected for its address. Every close but 45xx leads to another connection, and so
-// does a silence of 2.5 heartbeats. After a reconnect hint the client moves on to the next address
-// at a random moment of the given time, once its outstanding messages are answered. A token that
-// expired (4502, or 401 TOKEN_EXPIRED) is replaced once; other 45xx, and other 401 as 4503, end
-// [Client.Run] with a [CloseError].
+// Retry-After respected for its address. A Token that fails is asked again in the same way. Every
+// close but 45xx leads to another connection, and so does a silence of 2.5 heartbeats. After a
+// reconnect hint the client moves on to the next address at a random moment of the given time, once
+// its outstanding messages are answered. A token that expired (4502, or 401 TOKEN_EXPIRED) is
+// replaced once; other 45xx, and other 401 as 4503, end [Client.Run] with a [CloseError].
 package client
