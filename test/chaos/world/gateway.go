@@ -103,6 +103,26 @@ func (g *Gateway) ready(ctx context.Context) error {
 	return err
 }
 
+// Get asks the admin port.
+func (g *Gateway) Get(ctx context.Context, path string) (status int, body string, err error) {
+	status, b, err := g.get(ctx, path)
+	return status, string(b), err
+}
+
+// Drain asks for a drain on the admin port.
+func (g *Gateway) Drain(ctx context.Context, token string) (status int, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+g.Admin+"/drain", nil)
+	if err != nil {
+		return 0, err
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, fmt.Errorf("drain %s: %w", g.ID, err)
+	}
+	return resp.StatusCode, resp.Body.Close()
+}
+
 func (g *Gateway) get(ctx context.Context, path string) (status int, body []byte, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()

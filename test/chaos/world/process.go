@@ -172,13 +172,24 @@ func tail(name string) string {
 	return string(b)
 }
 
+// given are the ports that freeAddr has returned: the system gives one out again as soon as it is free.
+var given sync.Map
+
 // freeAddr returns a loopback address that nobody listens on.
 func freeAddr() (string, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", fmt.Errorf("find a free port: %w", err)
+	for {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return "", fmt.Errorf("find a free port: %w", err)
+		}
+		addr := ln.Addr().String()
+		if err := ln.Close(); err != nil {
+			return "", fmt.Errorf("find a free port: %w", err)
+		}
+		if _, twice := given.LoadOrStore(addr, true); !twice {
+			return addr, nil
+		}
 	}
-	return ln.Addr().String(), ln.Close()
 }
 
 func freeAddrs(into ...*string) error {
