@@ -51,11 +51,12 @@ type Consumer struct {
 	left      chan struct{} // closed by Stop: leave the group
 	done      chan struct{} // closed by Run
 
-	adopted   bool         // the topic is another gateway's
-	active    atomic.Int64 // Unix ms when a record was read or open last, or a claim began or ended
-	inSession atomic.Bool
-	claims    atomic.Int32 // claims that are running
-	idle      atomic.Int32 // of these, told to drain and with nothing open
+	adopted    bool         // the topic is another gateway's
+	active     atomic.Int64 // Unix ms when a record was read or open last, or a claim began or ended
+	inSession  atomic.Bool
+	endSession atomic.Pointer[context.CancelCauseFunc] // ends the session under way
+	claims     atomic.Int32                            // claims that are running
+	idle       atomic.Int32                            // of these, told to drain and with nothing open
 }
 
 // NewConsumer validates and allocates. dispatch hands deliveries to a shard and may block until the
@@ -191,8 +192,14 @@ func (c *Consumer) sessions(ctx context.Context, group sarama.ConsumerGroup) err
 		if err != nil {
 			err = fmt.Errorf("before joining: %w", err)
 		} else {
-			err = group.Consume(ctx, topics, h)
+			sessionCtx, end := context.WithCancelCause(ctx)
+			c.endSession.Store(&end)
+			err = group.Consume(sessionCtx, topics, h)
 			c.inSession.Store(false)
+			if ctx.Err() == nil && sessionCtx.Err() != nil {
+				err = errors.Join(err, context.Cause(sessionCtx))
+			}
+			end(nil)
 		}
 		switch {
 		case errors.Is(err, ErrFenced), errors.Is(err, sarama.ErrFencedInstancedId),
@@ -243,9 +250,32 @@ func (c *Consumer) pause(ctx context.Context, d time.Duration) {
 	}
 }
 
+// unknownMax is after how many reports in a row that the topic is not there, each within unknownSpan of
+// the one before, it is taken to be gone: one may be a broker's that has not heard of it yet.
+const (
+	unknownMax  = 4
+	unknownSpan = 5 * time.Second
+)
+
+var errTopicGone = errors.New("the topic is gone")
+
+// logErrors logs sarama's errors. On a topic that was deleted sarama would go on for minutes: the session
+// is ended, so that it is joined anew, with the topic made again.
 func (c *Consumer) logErrors(errs <-chan error) {
 	var quiet quiet
+	unknown, last := 0, time.Time{}
 	for err := range errs {
+		if errors.Is(err, sarama.ErrUnknownTopicOrPartition) {
+			if now := time.Now(); now.Sub(last) > unknownSpan {
+				unknown, last = 1, now
+			} else {
+				unknown, last = unknown+1, now
+			}
+			if unknown == unknownMax {
+				unknown = 0
+				(*c.endSession.Load())(errTopicGone)
+			}
+		}
 		if n, ok := quiet.allow(); ok {
 			c.log.Warn().Err(err).Int("suppressed", n).Msg("kafka: consumer")
 		}

@@ -13,6 +13,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
+	grpcbackoff "google.golang.org/grpc/backoff"
 )
 
 // The keys in etcd.
@@ -33,6 +34,13 @@ const (
 	minLeaseTTL = time.Second
 )
 
+// reconnect makes a client find an etcd that is back within seconds, as all gateways do: one that comes
+// much later than the others finds its topic taken over.
+var reconnect = grpc.ConnectParams{
+	Backoff:           grpcbackoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+	MinConnectTimeout: 3 * time.Second,
+}
+
 // EtcdOptions say how etcd is reached.
 type EtcdOptions struct {
 	Endpoints          []string
@@ -50,6 +58,7 @@ func Connect(o EtcdOptions) (*clientv3.Client, error) {
 	cfg := clientv3.Config{
 		Endpoints:            o.Endpoints,
 		TLS:                  o.TLS,
+		DialOptions:          []grpc.DialOption{grpc.WithConnectParams(reconnect)},
 		DialKeepAliveTime:    10 * time.Second,
 		DialKeepAliveTimeout: 5 * time.Second,
 		Logger:               zap.NewNop(), // its retries would flood the log during an outage; ours says what matters
@@ -67,7 +76,7 @@ func Connect(o EtcdOptions) (*clientv3.Client, error) {
 		return nil, fmt.Errorf("connect to etcd at %v: %w", o.Endpoints, err)
 	}
 	cfg.Username, cfg.Password, cfg.DialTimeout = o.Username, o.Password, o.DialTimeout
-	cfg.DialOptions = []grpc.DialOption{grpc.WithChainUnaryInterceptor(loginThrough(login))}
+	cfg.DialOptions = []grpc.DialOption{grpc.WithConnectParams(reconnect), grpc.WithChainUnaryInterceptor(loginThrough(login))}
 	c, err := clientv3.New(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("log in to etcd at %v as %s: %w", o.Endpoints, o.Username, errors.Join(err, login.Close()))
@@ -104,7 +113,7 @@ func Reachable(ctx context.Context, c *clientv3.Client) error {
 func retryPolicy() backoff.BackOff {
 	b := backoff.NewExponentialBackOff()
 	b.InitialInterval = 200 * time.Millisecond
-	b.MaxInterval = 5 * time.Second
+	b.MaxInterval = 2 * time.Second
 	return b
 }
 

@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/rs/zerolog"
+
 	"im-gateway/test/chaos/judge"
 	"im-gateway/test/chaos/world"
 )
@@ -49,7 +51,7 @@ func main() {
 
 // settings make gateways notice everything within seconds.
 var settings = map[string]string{
-	"etcd.lease_ttl": "2s", "takeover.after": "4s", "takeover.quiet": "5s", "drain.window": "2s", "drain.deadline": "20s",
+	"etcd.lease_ttl": "2s", "takeover.after": "8s", "takeover.quiet": "5s", "drain.window": "2s", "drain.deadline": "20s",
 	"redis.presence_ttl": "6s", "redis.refresh_interval": "2s", "kafka.start_grace": "1s",
 	"websocket.ack_timeout": "10s", "websocket.heartbeat": "2s", "websocket.heartbeat_timeout": "6s",
 	"kafka.downstream_replication": "3",
@@ -58,6 +60,7 @@ var settings = map[string]string{
 const presenceTTL = 6 * time.Second
 
 func run(ctx context.Context, o options) (failed int, err error) {
+	zerolog.SetGlobalLevel(zerolog.Disabled) // the proxies' own
 	began := time.Now()
 	dir, err := os.MkdirTemp("", "im-chaos-")
 	if err != nil {
@@ -129,7 +132,7 @@ func report(o options, rows []judge.Row) error {
 		form = "short"
 	}
 	header := fmt.Sprintf("# What faults do\n\nWritten by `make chaos` (%s form, %s): three Kafka brokers with replication 3, etcd, Redis with a replica, "+
-		"three gateways whose leases, heartbeats and delays are shortened (etcd lease 2 s, presence TTL 6 s, takeover after 4 s), "+
+		"three gateways whose leases, heartbeats and delays are shortened (etcd lease 2 s, presence TTL 6 s, takeover after 8 s), "+
 		"one fault at a time under traffic both ways. The judge reads Kafka, Redis, etcd and the clients' logs.\n",
 		form, time.Now().Format("2006-01-02"))
 	md, err := os.Create(o.out + ".md")

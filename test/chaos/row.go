@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"sort"
 	"strings"
 	"time"
@@ -177,6 +178,9 @@ func runFault(ctx context.Context, w *world.World, f fault, short bool) (judge.R
 	}
 	out.Recovery = max(0, recovered(logs, r.mended))
 	out.Bit, out.Failed, out.Ledger = strings.Join(r.bit, "; "), r.failed, ledgers
+	if len(out.Failures()) > 0 {
+		return out, logs.WriteFile(filepath.Join(w.Dir(), name+".jsonl"))
+	}
 	return out, nil
 }
 

@@ -65,6 +65,7 @@ func NewSender(o SenderOptions, log *Log) (*Sender, error) {
 		kgo.ProducerLinger(5*time.Millisecond),
 		kgo.MetadataMinAge(200*time.Millisecond), // gateways come and go with their topics
 		kgo.UnknownTopicRetries(2),
+		kgo.RecordDeliveryTimeout(10*time.Second),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("sender: kafka: %w", err)
@@ -146,6 +147,7 @@ func (s *Sender) store(ctx context.Context, r *route, seq int64) bool {
 		rec := &kgo.Record{Topic: s.o.Prefix + r.gateway(ctx), Key: []byte(r.user), Value: value}
 		if err := s.kafka.ProduceSync(ctx, rec).FirstErr(); err != nil {
 			s.failed.Add(1)
+			s.kafka.PurgeTopicsFromProducing(rec.Topic) // it may be another topic by now
 			sleep(ctx, produceRetry)
 			continue
 		}

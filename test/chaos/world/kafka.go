@@ -2,6 +2,7 @@ package world
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -12,7 +13,9 @@ import (
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kadm"
+	"github.com/twmb/franz-go/pkg/kerr"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"github.com/twmb/franz-go/pkg/kmsg"
 
 	"im-gateway/test/servers"
 )
@@ -45,6 +48,7 @@ const (
 	DownstreamPrefix = "im-downstream-topic-"
 )
 
+// startKafka returns, with an error too, what close must end.
 func startKafka(ctx context.Context, o Options, proxies *proxies) (*Kafka, error) {
 	libs, err := servers.Jars(ctx)
 	if err != nil {
@@ -54,17 +58,17 @@ func startKafka(ctx context.Context, o Options, proxies *proxies) (*Kafka, error
 	for i := range o.Brokers {
 		b := &broker{id: i + 1, data: filepath.Join(o.Dir, fmt.Sprintf("kafka-%d", i+1))}
 		if err := freeAddrs(&b.direct, &b.proxied, &b.control, &b.advertised); err != nil {
-			return nil, err
+			return k, err
 		}
 		k.brokers = append(k.brokers, b)
 	}
 	if o.DiskMB > 0 {
 		k.disk = k.brokers[0].data
 		if err := os.MkdirAll(k.disk, 0o755); err != nil {
-			return nil, fmt.Errorf("disk: %w", err)
+			return k, fmt.Errorf("disk: %w", err)
 		}
 		if err := syscall.Mount("none", k.disk, "tmpfs", 0, fmt.Sprintf("size=%dm", o.DiskMB)); err != nil {
-			return nil, fmt.Errorf("mount a small disk (needs root): %w", err)
+			return k, fmt.Errorf("mount a small disk (needs root): %w", err)
 		}
 	}
 	var voters []string
@@ -75,15 +79,15 @@ func startKafka(ctx context.Context, o Options, proxies *proxies) (*Kafka, error
 	for _, b := range k.brokers {
 		file := filepath.Join(o.Dir, fmt.Sprintf("kafka-%d.properties", b.id))
 		if err := os.WriteFile(file, []byte(k.properties(b, strings.Join(voters, ","))), 0o600); err != nil {
-			return nil, fmt.Errorf("configure Kafka: %w", err)
+			return k, fmt.Errorf("configure Kafka: %w", err)
 		}
 		if err := proxies.add(k.Link, b.advertised, b.proxied); err != nil {
-			return nil, err
+			return k, err
 		}
 		format := exec.CommandContext(ctx, "java", "-cp", filepath.Join(libs, "*"), "kafka.tools.StorageTool",
 			"format", "-t", cluster, "-c", file)
 		if out, err := format.CombinedOutput(); err != nil {
-			return nil, fmt.Errorf("format Kafka's storage: %w\n%s", err, out)
+			return k, fmt.Errorf("format Kafka's storage: %w\n%s", err, out)
 		}
 		b.Process = &Process{
 			name: fmt.Sprintf("kafka-%d", b.id), log: filepath.Join(o.Dir, fmt.Sprintf("kafka-%d.log", b.id)),
@@ -93,11 +97,11 @@ func startKafka(ctx context.Context, o Options, proxies *proxies) (*Kafka, error
 			},
 		}
 		if err := b.launch(); err != nil {
-			return nil, err
+			return k, err
 		}
 	}
 	if k.Client, err = kgo.NewClient(kgo.SeedBrokers(k.Brokers()...), kgo.RetryTimeout(2*time.Minute)); err != nil {
-		return nil, fmt.Errorf("kafka client: %w", err)
+		return k, fmt.Errorf("kafka client: %w", err)
 	}
 	k.Admin = kadm.NewClient(k.Client)
 	return k, k.Await(ctx)
@@ -122,32 +126,70 @@ func (k *Kafka) properties(b *broker, voters string) string {
 	}, "\n")
 }
 
-// Await waits until every broker is in the cluster and every partition has a leader.
+// Await waits until every broker serves clients and sees the whole cluster: all brokers, and all replicas
+// of every partition in sync.
 func (k *Kafka) Await(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	for {
-		m, err := k.Admin.Metadata(ctx)
-		if err == nil && len(m.Brokers) == len(k.brokers) && led(m.Topics) {
+		err := k.whole(ctx)
+		if err == nil {
 			return nil
 		}
 		select {
 		case <-time.After(200 * time.Millisecond):
 		case <-ctx.Done():
-			return fmt.Errorf("the Kafka cluster is not whole: %w\n%s", ctx.Err(), tail(k.brokers[0].log))
+			return fmt.Errorf("the Kafka cluster is not whole: %w\n%s", err, tail(k.brokers[0].log))
 		}
 	}
 }
 
-func led(topics kadm.TopicDetails) bool {
-	for _, t := range topics {
-		for _, p := range t.Partitions {
-			if p.Leader < 0 || len(p.ISR) < len(p.Replicas) {
-				return false
+// whole asks every broker: one that was killed stays in what the others say until its session ends.
+func (k *Kafka) whole(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	if _, err := k.metadata(ctx, k.Client); err != nil { // tells the client where the brokers are
+		return err
+	}
+	for _, b := range k.brokers {
+		m, err := k.metadata(ctx, k.Client.Broker(b.id))
+		if err != nil {
+			return fmt.Errorf("broker %d: %w", b.id, err)
+		}
+		if len(m.Brokers) != len(k.brokers) {
+			return fmt.Errorf("broker %d sees %d brokers", b.id, len(m.Brokers))
+		}
+		for _, t := range m.Topics {
+			for _, p := range t.Partitions {
+				if p.Leader < 0 || len(p.ISR) < len(p.Replicas) {
+					return fmt.Errorf("broker %d sees %s/%d led by %d, in sync %v of %v", b.id, *t.Topic, p.Partition, p.Leader, p.ISR, p.Replicas)
+				}
 			}
 		}
 	}
-	return true
+	return nil
+}
+
+const askTimeout = 5 * time.Second
+
+// metadata asks a broker. kadm would answer from a memory of several seconds.
+func (k *Kafka) metadata(ctx context.Context, of kmsg.Requestor, topics ...string) (*kmsg.MetadataResponse, error) {
+	req := kmsg.NewPtrMetadataRequest() // without topics: all of them
+	for _, name := range topics {
+		t := kmsg.NewMetadataRequestTopic()
+		t.Topic = &name
+		req.Topics = append(req.Topics, t)
+	}
+	resp, err := req.RequestWith(ctx, of)
+	if err != nil {
+		return nil, fmt.Errorf("metadata: %w", err)
+	}
+	for _, t := range resp.Topics {
+		if err := kerr.ErrorForCode(t.ErrorCode); err != nil {
+			return nil, fmt.Errorf("metadata: %w", err)
+		}
+	}
+	return resp, nil
 }
 
 // Brokers are the addresses for the suite itself.
@@ -196,56 +238,69 @@ func (k *Kafka) createTopics(ctx context.Context) error {
 	return nil
 }
 
-// Leaders are the leaders of a topic's partitions, by partition.
+// Leaders are the leaders of a topic's partitions, by partition; -1: it has none.
 func (k *Kafka) Leaders(ctx context.Context, topic string) ([]int32, error) {
-	m, err := k.Admin.Metadata(ctx, topic)
+	m, err := k.metadata(ctx, k.Client, topic)
 	if err != nil {
 		return nil, fmt.Errorf("leaders of %s: %w", topic, err)
 	}
-	leaders := make([]int32, len(m.Topics[topic].Partitions))
-	for p, d := range m.Topics[topic].Partitions {
-		leaders[p] = d.Leader
-	}
-	return leaders, nil
+	return leaders(m), nil
 }
 
-// MoveLeaders makes another broker the leader of every partition of a topic, and waits until it is.
+func leaders(of *kmsg.MetadataResponse) []int32 {
+	list := make([]int32, len(of.Topics[0].Partitions))
+	for _, p := range of.Topics[0].Partitions {
+		list[p.Partition] = p.Leader
+	}
+	return list
+}
+
+// MoveLeaders makes another broker the leader of every partition of a topic, and waits until it is. The
+// topic needs more than one replica.
 func (k *Kafka) MoveLeaders(ctx context.Context, topic string) (before, after []int32, err error) {
-	m, err := k.Admin.Metadata(ctx, topic)
+	m, err := k.metadata(ctx, k.Client, topic)
 	if err != nil {
 		return nil, nil, fmt.Errorf("move leaders: %w", err)
 	}
-	if before, err = k.Leaders(ctx, topic); err != nil {
-		return nil, nil, err
-	}
+	before = leaders(m)
 	var assign kadm.AlterPartitionAssignmentsReq
 	set := kadm.TopicsSet{}
-	for p, d := range m.Topics[topic].Partitions {
-		i := slices.Index(d.Replicas, d.Leader)
-		rotated := append(append([]int32(nil), d.Replicas[i+1:]...), d.Replicas[:i+1]...)
-		assign.Assign(topic, p, rotated)
-		set.Add(topic, p)
+	for _, p := range m.Topics[0].Partitions {
+		if len(p.Replicas) < 2 {
+			return before, nil, fmt.Errorf("move leaders: %s/%d has one replica", topic, p.Partition)
+		}
+		i := slices.Index(p.Replicas, p.Leader)
+		assign.Assign(topic, p.Partition, slices.Concat(p.Replicas[i+1:], p.Replicas[:i+1]))
+		set.Add(topic, p.Partition)
 	}
-	if _, err := k.Admin.AlterPartitionAssignments(ctx, assign); err != nil {
-		return nil, nil, fmt.Errorf("move leaders: %w", err)
+	resp, err := k.Admin.AlterPartitionAssignments(ctx, assign)
+	if err == nil {
+		err = resp.Error()
+	}
+	if err != nil {
+		return before, nil, fmt.Errorf("move leaders: %w", err)
 	}
 	for {
-		_, _ = k.Admin.ElectLeaders(ctx, kadm.ElectPreferredReplica, set)
-		if after, err = k.Leaders(ctx, topic); err == nil && !slices.ContainsFunc(before, func(int32) bool { return false }) {
-			moved := true
-			for p := range before {
-				moved = moved && before[p] != after[p]
-			}
-			if moved {
-				return before, after, nil
-			}
+		// An error here is one to try again after, such as that the reassignment is still under way.
+		_, electErr := k.Admin.ElectLeaders(ctx, kadm.ElectPreferredReplica, set)
+		if after, err = k.Leaders(ctx, topic); err == nil && moved(before, after) {
+			return before, after, nil
 		}
 		select {
 		case <-time.After(200 * time.Millisecond):
 		case <-ctx.Done():
-			return before, after, fmt.Errorf("leaders did not move: %w", ctx.Err())
+			return before, after, fmt.Errorf("leaders did not move: %w", errors.Join(ctx.Err(), electErr, err))
 		}
 	}
+}
+
+func moved(before, after []int32) bool {
+	for p := range before {
+		if after[p] < 0 || before[p] == after[p] {
+			return false
+		}
+	}
+	return true
 }
 
 // FillDisk fills the first broker's disk.
@@ -259,7 +314,10 @@ func (k *Kafka) FillDisk() error {
 	for err == nil {
 		_, err = f.Write(block)
 	}
-	return nil // it is full
+	if !errors.Is(err, syscall.ENOSPC) {
+		return fmt.Errorf("fill the disk: %w", err)
+	}
+	return nil
 }
 
 // FreeDisk ends FillDisk.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/redis/rueidis"
@@ -126,7 +127,15 @@ func RedisCommand(ctx context.Context, addr string, words ...string) (string, er
 		return "", fmt.Errorf("redis at %s: %w", addr, err)
 	}
 	defer c.Close()
-	return c.Do(ctx, c.B().Arbitrary(words...).Build()).ToString()
+	m, err := c.Do(ctx, c.B().Arbitrary(words...).Build()).ToMessage()
+	if err != nil {
+		return "", err
+	}
+	if m.IsInt64() {
+		n, err := m.AsInt64()
+		return strconv.FormatInt(n, 10), err
+	}
+	return m.ToString()
 }
 
 // RevokeLease revokes the lease of a key in etcd.
@@ -143,6 +152,9 @@ func (w *World) RevokeLease(ctx context.Context, key string) error {
 	}
 	return nil
 }
+
+// Dir is the scratch directory.
+func (w *World) Dir() string { return w.o.Dir }
 
 // Close ends every process.
 func (w *World) Close() error {
