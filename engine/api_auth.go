@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
@@ -17,6 +18,8 @@ import (
 	"im-gateway/codec/logicpb"
 )
 
+const refreshPath = "/api/auth/refresh"
+
 // authRoutes lists the routes that im-logic's AuthService answers. Every field of the requests is
 // a string and required.
 func authRoutes(s logicpb.AuthServiceClient, methods []string) []*route {
@@ -24,7 +27,7 @@ func authRoutes(s logicpb.AuthServiceClient, methods []string) []*route {
 		authRoute("/api/auth/register", methods, s.Register),
 		authRoute("/api/auth/login", methods, s.Login),
 		authRoute("/api/auth/guest", methods, s.GuestLogin),
-		authRoute("/api/auth/refresh", methods, s.RefreshToken),
+		authRoute(refreshPath, methods, s.RefreshToken),
 		authRoute("/api/auth/logout", methods, s.Logout),
 	}
 }
@@ -51,6 +54,11 @@ func authRoute[M any, Request interface {
 			c.failStatus(err)
 			return
 		}
+		if !complete(path, answer) {
+			c.note = errIncomplete
+			c.fail(http.StatusBadGateway, "BAD_GATEWAY", "im-logic gave an incomplete answer")
+			return
+		}
 		data, err := encode(answer)
 		if err != nil {
 			c.note = err
@@ -59,6 +67,19 @@ func authRoute[M any, Request interface {
 		}
 		c.succeed(data)
 	}}
+}
+
+var errIncomplete = errors.New("im-logic's answer lacks a token or a user")
+
+// complete tells whether an answer has what its caller cannot do without. Who refreshes knows the user.
+func complete(path string, answer proto.Message) bool {
+	switch a := answer.(type) {
+	case *logicpb.TokenResponse:
+		return a.GetToken() != "" && (path == refreshPath || a.GetUser().GetUserId() != "")
+	case *logicpb.RegisterResponse:
+		return a.GetUser().GetUserId() != ""
+	}
+	return true
 }
 
 // refusal is why a body was not taken.

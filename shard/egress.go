@@ -75,7 +75,7 @@ func (s *shard) wait(ses *session, bytes int) {
 // nodeFull tells whether more waits in all than the node may hold: then the consumer waits, and client
 // messages are refused, until the clients have read, or those who owe most are closed.
 func (s *shard) nodeFull() bool {
-	return s.opts.NodeEgressBudget > 0 && s.nodeEgress > int64(s.opts.NodeEgressBudget)
+	return s.opts.NodeEgressBudget > 0 && s.nodeEgress+int64(s.counts.egress) > int64(s.opts.NodeEgressBudget)
 }
 
 // shedDebtors closes the sessions for which most is waiting until the shard's share of what is too
@@ -104,10 +104,14 @@ func (s *shard) shedDebtors() {
 	}
 }
 
-// tooMuch closes a session for which more than its budget would wait. A frame by itself is never too
-// much, however large.
+// fairShare is what a session may owe, in bytes, while the node is full.
+const fairShare = 64 << 10
+
+// tooMuch closes a session for which more than its budget would wait, or more than its share while the
+// node is full. A frame by itself is never too much, however large.
 func (s *shard) tooMuch(ses *session, payload []byte) bool {
-	if ses.pending == 0 || int(ses.pending)+len(payload) <= s.opts.EgressBudget {
+	all := int(ses.pending) + len(payload)
+	if ses.pending == 0 || all <= s.opts.EgressBudget && (all <= fairShare || !s.nodeFull()) {
 		return false
 	}
 	s.metrics.slow.Inc()

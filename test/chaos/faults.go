@@ -32,7 +32,7 @@ var faults = []fault{
 
 	{name: "gateway killed", what: "a gateway SIGKILLed, its topic taken over, back after 12 s", short: true, do: gatewayKilled},
 	{name: "gateway frozen", what: "a gateway SIGSTOPped for longer than lease and takeover, then SIGCONT", do: gatewayFrozen},
-	{name: "gateway files", what: "a gateway with 300 file descriptors and 1,000 clients", do: gatewayFiles},
+	{name: "gateway files", what: "a gateway with 600 file descriptors and 1,000 clients", do: gatewayFiles},
 	{name: "gateway memory", what: "a gateway with an egress budget of 1 MiB, clients that do not read, 16 MiB for them", do: gatewayMemory},
 	{name: "gateway shard panic", what: "a panic in a shard", short: true, do: shardPanic},
 	{name: "gateway loop panic", what: "a panic in an event loop's handler", do: loopPanic},

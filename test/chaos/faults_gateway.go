@@ -116,7 +116,7 @@ func gatewayFrozen(ctx context.Context, r *row) error {
 
 func gatewayFiles(ctx context.Context, r *row) error {
 	g := r.g(2)
-	if err := r.restart(ctx, g, map[string]string{"ulimit": "300"}); err != nil {
+	if err := r.restart(ctx, g, map[string]string{"ulimit": "600"}); err != nil {
 		return err
 	}
 	crowd := traffic.Storm(ctx, 1000, g.Addr, func(i int) (string, error) { return world.Token(fmt.Sprintf("files-%d-%d", r.began.UnixNano(), i)) })

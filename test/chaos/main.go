@@ -79,7 +79,7 @@ func run(ctx context.Context, o options) (failed int, err error) {
 		return 0, fmt.Errorf("build the gateway: %w\n%s", err, out)
 	}
 	w, err := world.Start(ctx, world.Options{
-		Dir: dir, Gateway: binary, Brokers: 3, Gateways: []string{"g1", "g2", "g3"}, DiskMB: 192, Settings: settings,
+		Dir: dir, Gateway: binary, Brokers: 3, Gateways: []string{"g1", "g2", "g3"}, DiskMB: 1024, Settings: settings,
 	})
 	defer func() { err = errors.Join(err, w.Close()) }()
 	if err != nil {

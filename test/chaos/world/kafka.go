@@ -63,13 +63,14 @@ func startKafka(ctx context.Context, o Options, proxies *proxies) (*Kafka, error
 		k.brokers = append(k.brokers, b)
 	}
 	if o.DiskMB > 0 {
-		k.disk = k.brokers[0].data
-		if err := os.MkdirAll(k.disk, 0o755); err != nil {
+		dir := k.brokers[0].data
+		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return k, fmt.Errorf("disk: %w", err)
 		}
-		if err := syscall.Mount("none", k.disk, "tmpfs", 0, fmt.Sprintf("size=%dm", o.DiskMB)); err != nil {
+		if err := syscall.Mount("none", dir, "tmpfs", 0, fmt.Sprintf("size=%dm", o.DiskMB)); err != nil {
 			return k, fmt.Errorf("mount a small disk (needs root): %w", err)
 		}
+		k.disk = dir
 	}
 	var voters []string
 	for _, b := range k.brokers {
