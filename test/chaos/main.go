@@ -88,7 +88,7 @@ func run(ctx context.Context, o options) (failed int, err error) {
 	fmt.Printf("servers started in %s\n", time.Since(began).Round(time.Second))
 
 	var rows []judge.Row
-	for _, f := range faults {
+	for _, f := range append(faults, healthy...) {
 		if !f.chosen(o) {
 			continue
 		}
@@ -104,11 +104,16 @@ func run(ctx context.Context, o options) (failed int, err error) {
 			fmt.Printf("ok   %s: %s; back in %s\n", f.name, row.Bit, row.Recovery.Round(time.Millisecond))
 		}
 	}
-	if len(rows) == 0 {
+	var caught []string
+	if o.only == "" || strings.Contains(o.only, "defect") {
+		if caught, err = selfTest(ctx, w, o.short); err != nil {
+			return failed, fmt.Errorf("self-test: %w", err)
+		}
+	} else if len(rows) == 0 {
 		return 0, errors.New("no fault of that name")
 	}
 	fmt.Printf("%d rows, %d failed, %s\n", len(rows), failed, time.Since(began).Round(time.Second))
-	return failed, report(o, rows)
+	return failed, report(o, rows, caught)
 }
 
 func (f *fault) chosen(o options) bool {
@@ -123,7 +128,7 @@ func (f *fault) chosen(o options) bool {
 	return false
 }
 
-func report(o options, rows []judge.Row) error {
+func report(o options, rows []judge.Row, caught []string) error {
 	if o.out == "" {
 		return nil
 	}
@@ -135,6 +140,12 @@ func report(o options, rows []judge.Row) error {
 		"three gateways whose leases, heartbeats and delays are shortened (etcd lease 2 s, presence TTL 6 s, takeover after 8 s), "+
 		"one fault at a time under traffic both ways. The judge reads Kafka, Redis, etcd and the clients' logs.\n",
 		form, time.Now().Format("2006-01-02"))
+	if len(caught) > 0 {
+		header += "\nThe suite was tried on gateways with deliberate defects first, and caught each:\n\n"
+		for _, c := range caught {
+			header += "- " + c + "\n"
+		}
+	}
 	md, err := os.Create(o.out + ".md")
 	if err != nil {
 		return fmt.Errorf("report: %w", err)

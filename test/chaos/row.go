@@ -20,6 +20,7 @@ type fault struct {
 	short      bool // in the short form too
 	users      int  // 0: defaultUsers
 	every      time.Duration
+	front      bool                                    // clients connect through the proxies before the gateways
 	do         func(ctx context.Context, r *row) error // breaks, looks, mends
 	judge      func(*judge.Evidence)                   // changes what is judged by; may be nil
 }
@@ -38,7 +39,6 @@ type row struct {
 	failed  []string
 	deaths  []judge.Death
 	deleted []judge.OffsetRange
-	redis   string // where presence is judged; empty: w.RedisAddr
 }
 
 func (r *row) bite(format string, args ...any) { r.bit = append(r.bit, fmt.Sprintf(format, args...)) }
@@ -123,7 +123,11 @@ func runFault(ctx context.Context, w *world.World, f fault, short bool) (judge.R
 	}
 	var addrs []string
 	for _, g := range w.Gateways {
-		addrs = append(addrs, g.Addr)
+		if f.front {
+			addrs = append(addrs, g.Front.Addr())
+		} else {
+			addrs = append(addrs, g.Addr)
+		}
 	}
 	for i := range users {
 		u := fmt.Sprintf("%s-%d", name, i)
@@ -169,9 +173,6 @@ func runFault(ctx context.Context, w *world.World, f fault, short bool) (judge.R
 		DeadletterTopic: world.DeadletterTopic, DownstreamPrefix: world.DownstreamPrefix, Brokers: w.Kafka.Brokers(),
 		Redis: w.RedisAddr, Etcd: w.EtcdAddr, Gateways: []string{"g1", "g2", "g3"}, Deaths: r.deaths,
 		PresenceTTL: presenceTTL, Deleted: r.deleted,
-	}
-	if f.judge != nil {
-		f.judge(&e)
 	}
 	if out.Verdict, err = judge.Judge(ctx, e); err != nil {
 		return out, fmt.Errorf("judge: %w", err)

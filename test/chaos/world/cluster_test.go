@@ -131,14 +131,13 @@ func TestCluster(t *testing.T) {
 				return err
 			}
 			defer c.Close()
-			var records []*kgo.Record
 			for range 64 {
-				records = append(records, &kgo.Record{Topic: UpstreamTopic, Value: make([]byte, 32<<10)})
+				c.Produce(ctx, &kgo.Record{Topic: UpstreamTopic, Value: make([]byte, 32<<10)}, nil)
 			}
-			stored := c.ProduceSync(ctx, records...).FirstErr()
+			time.Sleep(silence)
 			log, err := os.ReadFile(b.Log())
 			if err == nil && !strings.Contains(string(log), "No space left on device") {
-				err = fmt.Errorf("the broker's log says nothing of the disk; records: %w", stored)
+				err = errors.New("the broker's log says nothing of the disk")
 			}
 			return err
 		})

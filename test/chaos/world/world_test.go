@@ -185,14 +185,22 @@ func connects(t *testing.T, addr, user string) {
 	}
 }
 
-// store produces one record to the upstream topic by a client of its own.
+// store produces one record to the upstream topic by a client of its own. It does not outlive ctx, as
+// a synchronous idempotent write can.
 func store(ctx context.Context, brokers ...string) error {
-	c, err := kgo.NewClient(kgo.SeedBrokers(brokers...), kgo.MetadataMinAge(50*time.Millisecond))
+	c, err := kgo.NewClient(kgo.SeedBrokers(brokers...), kgo.MetadataMinAge(50*time.Millisecond), kgo.DisableIdempotentWrite())
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	return c.ProduceSync(ctx, &kgo.Record{Topic: UpstreamTopic, Value: []byte("probe")}).FirstErr()
+	done := make(chan error, 1)
+	c.Produce(ctx, &kgo.Record{Topic: UpstreamTopic, Value: []byte("probe")}, func(_ *kgo.Record, err error) { done <- err })
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // storeFails checks that nothing can be stored through some brokers.
