@@ -3,7 +3,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 TIMEOUT ?= 900s
 
 .DEFAULT_GOAL := help
-.PHONY: help build bench run test test-fast test-unit test-e2e test-real lint generate clean
+.PHONY: help build bench chaos run test test-fast test-unit test-e2e test-real test-chaos lint generate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -15,23 +15,29 @@ run: ## the whole system in one process, with a demo page
 	@$(GO) build -trimpath -o bin/ ./cmd/im-dev
 	@exec bin/im-dev
 
-test: lint test-unit test-e2e test-real ## everything: lint, unit tests with -race, end to end on embedded and on real servers
+test: lint test-unit test-e2e test-real test-chaos ## everything: lint, unit tests with -race, end to end on embedded and on real servers, faults
 
 test-fast: ## unit tests and end to end on embedded servers; needs only Go
 	$(GO) test ./bench/... ./broker/... ./cmd/... ./codec ./engine/... ./registry/... ./shard/... ./transport/...
 	$(GO) test -count=1 -timeout $(TIMEOUT) -skip TestPageInChromium ./test/e2e -backend=embedded
 
 test-unit:
-	$(GO) test -race -timeout $(TIMEOUT) ./bench/... ./broker/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./transport/...
+	$(GO) test -race -timeout $(TIMEOUT) ./bench/... ./broker/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./transport/... ./client/... ./test/chaos/judge ./test/chaos/traffic
 	cd bench/peers && $(GO) test -timeout $(TIMEOUT) -run 'TestEcho|TestCentrifuge|TestRawWrite' .
 
 test-e2e:
-	$(GO) test -count=1 -timeout $(TIMEOUT) ./test/... -backend=embedded
+	$(GO) test -count=1 -timeout $(TIMEOUT) ./test/e2e -backend=embedded
 
 test-real:
 	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./registry/...
 	$(GO) run ./test/servers/cmd/withkafka $(GO) test -count=1 -timeout $(TIMEOUT) -tags realkafka,kafkaoutage ./broker
 	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./test/e2e -backend=real
+
+test-chaos:
+	$(GO) run ./test/chaos -short
+
+chaos: ## break every part under traffic and judge what became of each message; needs kafka, etcd, redis and root, takes about 20 minutes
+	$(GO) run ./test/chaos -out docs/faults $(CHAOS_ARGS)
 
 bench: build ## measure this gateway and its peers side by side; needs kafka, etcd, redis and strace, takes about an hour
 	cd bench/peers && $(GO) build -trimpath -o ../../bin/peers/ ./...
@@ -41,7 +47,7 @@ lint: ## gofmt, go vet, staticcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "gofmt would change:"; echo "$$unformatted"; exit 1; fi
 	$(GO) vet ./...
-	$(GO) vet -tags real,realkafka,kafkaoutage ./...
+	$(GO) vet -tags real,realkafka,kafkaoutage,chaos ./...
 	$(GO) tool staticcheck ./...
 	cd bench/peers && $(GO) vet ./...
 

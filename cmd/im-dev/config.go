@@ -42,6 +42,7 @@ func loadConfig(o options, environ []string) (engine.Config, error) {
 			// Nobody was connected before the start.
 			"kafka.start_grace":          "0s",
 			"kafka.create_shared_topics": "true",
+			"sessions.policy":            "allow:5", // several tabs of one user
 			"drain.window":               devDrain.String(),
 			"drain.deadline":             (devDrain + def.Drain.Deadline).String(),
 		} {

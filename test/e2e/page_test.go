@@ -156,6 +156,18 @@ func (p *tab) register(name string) {
 	p.is(name+" is online", `document.getElementById("connection").dataset.state === "online"`)
 }
 
+// login signs in a user who has registered.
+func (p *tab) login(name string) {
+	p.t.Helper()
+	p.is("the sign-in form or the chat", `document.getElementById("username") || document.getElementById("connection")`)
+	if online, err := chromedp.Run(p.ctx, chromedp.Evaluate[bool](`document.getElementById("connection")?.dataset.state === "online"`)); err != nil || !online {
+		p.fill("username", name)
+		p.fill("password", "page-password-"+name)
+		p.click("login")
+	}
+	p.is(name+" is online", `document.getElementById("connection").dataset.state === "online"`)
+}
+
 func (p *tab) say(text string) {
 	p.t.Helper()
 	p.fill("message-input", text)
@@ -167,7 +179,7 @@ func (p *tab) say(text string) {
 func TestPageInChromium(t *testing.T) {
 	site := httptest.NewUnstartedServer(nil)
 	origin := "http://" + site.Listener.Addr().String()
-	g := start(t, user("gw"), settings{"http.cors_origins": origin})
+	g := start(t, user("gw"), settings{"http.cors_origins": origin, "sessions.policy": "allow:3"})
 	link := newWire(t, g.addr)
 	handler, err := page.New(page.Options{Gateways: []string{"http://" + link.ln.Addr().String()}})
 	if err != nil {
@@ -201,7 +213,23 @@ func TestPageInChromium(t *testing.T) {
 	bob.do(`document.querySelector('[data-testid=conversation]').click()`)
 	bob.state("hello bert", "received")
 
-	link.set(true) // both tabs are cut off
+	// The same account in two more tabs: each shows what the others send.
+	second, third := newTab(t, browser, origin+"/"), newTab(t, browser, origin+"/")
+	second.login(a)
+	third.login(a)
+	for _, p := range []*tab{second, third} {
+		p.is("the conversation", `document.querySelector('[data-testid=conversation]')`)
+		p.do(`document.querySelector('[data-testid=conversation]').click()`)
+		p.state("hello bert", "delivered")
+	}
+	second.say("from the second tab")
+	for _, p := range []*tab{alice, second, third} {
+		p.state("from the second tab", "delivered")
+		p.is("once", `[...document.querySelectorAll('[data-testid=message]')].filter(m => m.innerText.includes("from the second tab")).length === 1`)
+	}
+	bob.state("from the second tab", "received")
+
+	link.set(true) // all tabs are cut off
 	alice.is("alice notices", `document.getElementById("connection").dataset.state !== "online"`)
 	alice.say("sent while cut off")
 	alice.state("sent while cut off", "pending")

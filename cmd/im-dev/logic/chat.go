@@ -31,6 +31,7 @@ type delivery struct {
 	// gateway is where to send it; empty: wherever each user is connected. An answer goes back to the
 	// session that asked, even if Redis does not know of it yet.
 	gateway string
+	device  string // only this device of theirs; empty: all
 	kind    string
 	id      string // message_id
 	trace   string
@@ -309,7 +310,7 @@ func (t *turn) refuse(code, why string) {
 	t.answer(typeError, encode(errorView{ClientMsgID: t.in.ClientMsgID, Code: code, Message: why}))
 }
 
-// answer sends to the session that the record came from.
+// answer sends to the session that the record came from, where the user has named its device.
 func (t *turn) answer(kind string, data json.RawMessage) {
 	t.answerAs(t.in.MessageID+"/"+kind, kind, data)
 }
@@ -317,7 +318,7 @@ func (t *turn) answer(kind string, data json.RawMessage) {
 func (t *turn) answerAs(id, kind string, data json.RawMessage) {
 	t.to([]string{t.in.UserID}, kind, id, data)
 	if t.in.SessionID != "" { // else it came by HTTP, and the user may be anywhere
-		t.out[len(t.out)-1].gateway = t.in.GatewayID
+		t.out[len(t.out)-1].gateway, t.out[len(t.out)-1].device = t.in.GatewayID, t.in.DeviceID
 	}
 }
 

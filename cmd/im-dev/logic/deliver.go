@@ -143,7 +143,7 @@ func gatewaysOf(session map[string]string, nowMS int64) (gateways []string) {
 
 func (d *deliverer) produce(ctx context.Context, b *delivery, gateway string, users []string, shared bool) {
 	record := downstream{
-		Type: b.kind, MessageID: b.id, TraceID: b.trace, Data: b.data, Timestamp: b.now,
+		DeviceID: b.device, Type: b.kind, MessageID: b.id, TraceID: b.trace, Data: b.data, Timestamp: b.now,
 	}
 	if len(users) == 1 {
 		record.TargetUserID = users[0]

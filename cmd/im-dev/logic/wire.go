@@ -13,6 +13,7 @@ type upstream struct {
 	UserID      string          `json:"user_id"`
 	GatewayID   string          `json:"gateway_id"`
 	SessionID   string          `json:"session_id"`
+	DeviceID    string          `json:"device_id"`
 	Type        string          `json:"type"`
 	ClientMsgID string          `json:"client_msg_id"`
 	Data        json.RawMessage `json:"data"`
@@ -23,6 +24,7 @@ type upstream struct {
 type downstream struct {
 	TargetUserID  string          `json:"target_user_id,omitempty"`
 	TargetUserIDs []string        `json:"target_user_ids,omitempty"`
+	DeviceID      string          `json:"device_id,omitempty"`
 	Type          string          `json:"type"`
 	MessageID     string          `json:"message_id"`
 	TraceID       string          `json:"trace_id,omitempty"`

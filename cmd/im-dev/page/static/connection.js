@@ -23,6 +23,8 @@ export class Connection extends EventTarget {
 
   #gateways;
   #api;
+  // Each tab is a device of its own, as long as it is not loaded anew.
+  #device = Array.from(crypto.getRandomValues(new Uint8Array(8)), (b) => b.toString(16).padStart(2, "0")).join("");
   #at = 0; // index of the gateway to dial
   #failures = 0;
   #refused = 0; // tokens refused in a row
@@ -102,7 +104,7 @@ export class Connection extends EventTarget {
       return this.#lost();
     }
     if (attempt !== this.#attempt) return;
-    const url = new URL("/ws?auth=close", this.#gateways[this.#at]);
+    const url = new URL(`/ws?auth=close&device=web&device_id=${this.#device}`, this.#gateways[this.#at]);
     url.protocol = url.protocol.replace("http", "ws");
     const socket = new WebSocket(url, ["im.json.v1", "bearer." + token]);
     this.#socket = socket;
