@@ -8,6 +8,8 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"im-gateway/broker"
 	"im-gateway/codec"
 	"im-gateway/registry"
@@ -62,6 +64,29 @@ func newPresenceBridge(shards int, nonce uint64) *presenceBridge {
 		b.queues = append(b.queues, make(chan []shard.PresenceOp, presenceBatches))
 	}
 	return b
+}
+
+var (
+	presenceDepth = prometheus.NewDesc("im_gateway_presence_queue_batches",
+		"Batches of presence operations that wait for Redis.", nil, nil)
+	presenceBound = prometheus.NewDesc("im_gateway_presence_queue_batches_bound",
+		"The bound of these queues together; beyond it the shards keep the operations.", nil, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (b *presenceBridge) Describe(ch chan<- *prometheus.Desc) {
+	ch <- presenceDepth
+	ch <- presenceBound
+}
+
+// Collect implements prometheus.Collector.
+func (b *presenceBridge) Collect(ch chan<- prometheus.Metric) {
+	depth, bound := 0, 0
+	for _, q := range b.queues {
+		depth, bound = depth+len(q), bound+cap(q)
+	}
+	ch <- prometheus.MustNewConstMetric(presenceDepth, prometheus.GaugeValue, float64(depth))
+	ch <- prometheus.MustNewConstMetric(presenceBound, prometheus.GaugeValue, float64(bound))
 }
 
 // Submit implements shard.Presence.

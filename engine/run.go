@@ -230,6 +230,9 @@ func (e *Engine) startShards(context.Context) error {
 	}
 	egress := &lateEgress{}
 	e.presence = newPresenceBridge(e.cfg.Shard.Count, e.nonce)
+	if err := e.metrics.Register(e.presence); err != nil {
+		return fmt.Errorf("register the presence queue's metrics: %w", err)
+	}
 	w := &e.cfg.WebSocket
 	e.shards, err = shard.New(shard.Options{
 		Shards: e.cfg.Shard.Count, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,

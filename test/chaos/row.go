@@ -22,7 +22,6 @@ type fault struct {
 	every      time.Duration
 	front      bool                                    // clients connect through the proxies before the gateways
 	do         func(ctx context.Context, r *row) error // breaks, looks, mends
-	judge      func(*judge.Evidence)                   // changes what is judged by; may be nil
 }
 
 const defaultUsers = 60
