@@ -36,9 +36,24 @@ func TestDependencies(t *testing.T) {
 	}
 }
 
+// TestOutsidersShareNoCode: the client library, and those who judge the gateway, know it by its protocol only.
+func TestOutsidersShareNoCode(t *testing.T) {
+	for pkg, may := range map[string]string{
+		"im-gateway/client":             "im-gateway/client",
+		"im-gateway/test/chaos/judge":   "im-gateway/test/chaos/",
+		"im-gateway/test/chaos/traffic": "im-gateway/test/chaos/",
+	} {
+		for _, dep := range goList(t, "{{join .Deps \"\n\"}}", pkg) {
+			if strings.HasPrefix(dep, "im-gateway/") && !strings.HasPrefix(dep, may) {
+				t.Errorf("%s depends on %s", pkg, dep)
+			}
+		}
+	}
+}
+
 // TestNoEmbeddedServerInProduction keeps the servers of im-dev out of the gateway's binary.
 func TestNoEmbeddedServerInProduction(t *testing.T) {
-	banned := []string{"miniredis", "kfake", "etcd/server", "im-gateway/cmd/im-dev", "chromedp"}
+	banned := []string{"miniredis", "kfake", "toxiproxy", "etcd/server", "im-gateway/cmd/im-dev", "chromedp"}
 	for _, dep := range goList(t, "{{join .Deps \"\\n\"}}", "im-gateway/cmd/im-gateway") {
 		for _, b := range banned {
 			if strings.Contains(dep, b) {
