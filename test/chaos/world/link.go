@@ -12,7 +12,9 @@ import (
 )
 
 // Link is the way from somebody to a server, through one fault proxy for each of the server's
-// addresses. Faults add up until Restore.
+// addresses. Faults add up until Restore, which also closes the connections that Cut kept. A fault
+// cannot be set or ended while a connection is blocked by a peer that does not read: that is an error,
+// and the link is stuck until the peer reads. One goroutine at a time may change a link.
 type Link struct {
 	name    string
 	proxies []*toxiproxy.Proxy
@@ -43,11 +45,29 @@ func (l *Link) toxic(kind, stream, attributes string) error {
 	l.toxics++
 	for _, p := range l.proxies {
 		body := fmt.Sprintf(`{"name":"%s-%d-%s","type":%q,"stream":%q,"attributes":{%s}}`, kind, l.toxics, stream, kind, stream, attributes)
-		if _, err := p.Toxics.AddToxicJson(strings.NewReader(body)); err != nil {
+		err := within(func() error {
+			_, err := p.Toxics.AddToxicJson(strings.NewReader(body))
+			return err
+		})
+		if err != nil {
 			return fmt.Errorf("%s on %s: %w", kind, l.name, err)
 		}
 	}
 	return nil
+}
+
+const changeTimeout = 10 * time.Second
+
+// within bounds a change of a proxy, which has to interrupt what each connection is doing.
+func within(change func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- change() }()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(changeTimeout):
+		return errors.New("a connection is blocked by a peer that does not read")
+	}
 }
 
 // Latency delays each direction.
@@ -101,7 +121,10 @@ func (l *Link) Up() error {
 // Restore ends every fault.
 func (l *Link) Restore(ctx context.Context) error {
 	for _, p := range l.proxies {
-		p.Toxics.ResetToxics(ctx)
+		err := within(func() error { p.Toxics.ResetToxics(ctx); return nil })
+		if err != nil {
+			return fmt.Errorf("restore %s: %w", l.name, err)
+		}
 	}
 	return l.Up()
 }

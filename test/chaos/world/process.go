@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -30,11 +31,14 @@ type Process struct {
 
 const startTimeout = 90 * time.Second
 
-// Start starts it and returns when it is ready.
+// Start starts it and returns when it is ready; one that does not become ready is killed.
 func (p *Process) Start(ctx context.Context) error {
 	if err := p.launch(); err != nil {
 		return err
 	}
+	p.mu.Lock()
+	done := p.done
+	p.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	for {
@@ -44,16 +48,20 @@ func (p *Process) Start(ctx context.Context) error {
 		}
 		select {
 		case <-time.After(100 * time.Millisecond):
-		case <-p.done:
+		case <-done:
 			return fmt.Errorf("%s ended at its start: %w\n%s", p.name, err, tail(p.log))
 		case <-ctx.Done():
+			p.Kill()
 			return fmt.Errorf("%s is not ready: %w\n%s", p.name, err, tail(p.log))
 		}
 	}
 }
 
-// launch starts it without waiting.
+// launch starts it without waiting. One that runs is an error.
 func (p *Process) launch() error {
+	if p.Alive() {
+		return fmt.Errorf("start %s: it runs", p.name)
+	}
 	out, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return fmt.Errorf("log of %s: %w", p.name, err)
@@ -172,17 +180,19 @@ func tail(name string) string {
 	return string(b)
 }
 
-// given are the ports that freeAddr has returned: the system gives one out again as soon as it is free.
+// given are the ports that freeAddr has returned.
 var given sync.Map
 
-// freeAddr returns a loopback address that nobody listens on.
+// freeAddr returns a loopback address that nobody listens on. It lies below the ports that systems give
+// to outgoing connections, one of which could else take it while its server is down.
 func freeAddr() (string, error) {
-	for {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
+	const from, to, tries = 12000, 32000, 1000
+	for range tries {
+		addr := net.JoinHostPort("127.0.0.1", strconv.Itoa(from+rand.IntN(to-from)))
+		ln, err := net.Listen("tcp", addr)
 		if err != nil {
-			return "", fmt.Errorf("find a free port: %w", err)
+			continue // taken
 		}
-		addr := ln.Addr().String()
 		if err := ln.Close(); err != nil {
 			return "", fmt.Errorf("find a free port: %w", err)
 		}
@@ -190,6 +200,7 @@ func freeAddr() (string, error) {
 			return addr, nil
 		}
 	}
+	return "", errors.New("find a free port: there is none")
 }
 
 func freeAddrs(into ...*string) error {

@@ -677,6 +677,9 @@ func testGateway(t *testing.T, w *World, g *Gateway) {
 		must(t, g.With(nil).Start(t.Context()))
 	})
 	t.Run("does not start", func(t *testing.T) {
+		if err := g.Start(t.Context()); err == nil {
+			t.Error("a gateway that runs was started again")
+		}
 		bad := w.Gateways[1].With(map[string]string{"http.addr": "nonsense"})
 		if err := bad.Start(t.Context()); err == nil || !strings.Contains(err.Error(), "http.addr") {
 			t.Errorf("start: %v, want an error that quotes the log", err)
