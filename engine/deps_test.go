@@ -43,7 +43,7 @@ func TestOutsidersShareNoCode(t *testing.T) {
 		"im-gateway/test/chaos/judge":   "im-gateway/test/chaos/",
 		"im-gateway/test/chaos/traffic": "im-gateway/test/chaos/",
 	} {
-		for _, dep := range goList(t, "{{join .Deps \"\n\"}}", pkg) {
+		for _, dep := range goList(t, "{{join .Deps \"\\n\"}}", pkg) {
 			if strings.HasPrefix(dep, "im-gateway/") && !strings.HasPrefix(dep, may) {
 				t.Errorf("%s depends on %s", pkg, dep)
 			}
