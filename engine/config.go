@@ -69,8 +69,9 @@ type WebSocket struct {
 	// Bytes that may wait to be written to all clients together. Beyond it the consumer waits, client
 	// messages are refused with OVERLOADED, and the slowest clients are closed with 4000.
 	NodeEgressBudgetBytes int `koanf:"node_egress_budget_bytes" unit:"bytes" range:"1MiB..64GiB"`
-	// How long a client that acknowledges deliveries (ack=1) may take; then the record is undelivered.
-	AckTimeout time.Duration `koanf:"ack_timeout" range:"1s..10m"`
+	// How long a record may wait for a client to read it, or to acknowledge it where the client does
+	// (ack=1). Then the record is undelivered, and a client that reads nothing is closed with 4000.
+	DeliveryTimeout time.Duration `koanf:"delivery_timeout" range:"1s..10m"`
 	// Names of accepted client messages that are remembered for a minute, so that one sent again gets
 	// the first one's ack and is not stored twice. 0: none. Cost: about 120 bytes each.
 	RememberedMessages int `koanf:"remembered_messages" range:"0..10000000"`

@@ -51,7 +51,7 @@ const (
 	DefaultDrainDeadline = 25 * time.Second
 
 	DefaultNodeEgressBudgetBytes = 256 << 20
-	DefaultAckTimeout            = 30 * time.Second
+	DefaultDeliveryTimeout       = 30 * time.Second
 	DefaultRememberedMessages    = 32768
 	DefaultSessionPolicy         = policyReplace
 
@@ -80,7 +80,7 @@ func Default() Config {
 			HeartbeatTimeout:      DefaultHeartbeatTimeout,
 			EgressBudgetBytes:     DefaultEgressBudgetBytes,
 			NodeEgressBudgetBytes: DefaultNodeEgressBudgetBytes,
-			AckTimeout:            DefaultAckTimeout,
+			DeliveryTimeout:       DefaultDeliveryTimeout,
 			RememberedMessages:    DefaultRememberedMessages,
 		},
 		Auth: Auth{Algorithm: DefaultAlgorithm, Leeway: DefaultLeeway},

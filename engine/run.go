@@ -238,7 +238,7 @@ func (e *Engine) startShards(context.Context) error {
 		Shards: e.cfg.Shard.Count, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,
 		Topic: e.cfg.Kafka.UpstreamTopic, Heartbeat: w.Heartbeat, RefreshInterval: e.cfg.Redis.RefreshInterval,
 		AckDeadline: e.cfg.Kafka.AckDeadline, EgressBudget: w.EgressBudgetBytes, MaxMessageBytes: w.MaxMessageBytes,
-		NodeEgressBudget: w.NodeEgressBudgetBytes, AckTimeout: w.AckTimeout, RecentMessages: w.RememberedMessages,
+		NodeEgressBudget: w.NodeEgressBudgetBytes, AckTimeout: w.DeliveryTimeout, DeliveryTimeout: w.DeliveryTimeout, RecentMessages: w.RememberedMessages,
 		CloseRate:   e.cfg.Drain.CloseRate,
 		MaxSessions: sessionPolicy(e.cfg.Sessions.Policy), ReplaceKind: e.cfg.Sessions.OnePerKind,
 		Egress: egress, Publisher: e.producer, Presence: e.presence, Events: e.producer,

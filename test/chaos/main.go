@@ -53,7 +53,7 @@ func main() {
 var settings = map[string]string{
 	"etcd.lease_ttl": "2s", "takeover.after": "8s", "takeover.quiet": "5s", "drain.window": "2s", "drain.deadline": "20s",
 	"redis.presence_ttl": "6s", "redis.refresh_interval": "2s", "kafka.start_grace": "1s",
-	"websocket.ack_timeout": "10s", "websocket.heartbeat": "2s", "websocket.heartbeat_timeout": "6s",
+	"websocket.delivery_timeout": "10s", "websocket.heartbeat": "2s", "websocket.heartbeat_timeout": "6s",
 	"kafka.downstream_replication": "3",
 }
 

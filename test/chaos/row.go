@@ -177,7 +177,7 @@ func runFault(ctx context.Context, w *world.World, f fault, short bool) (judge.R
 		return out, fmt.Errorf("judge: %w", err)
 	}
 	out.Recovery = max(0, recovered(logs, r.mended))
-	out.Bit, out.Failed, out.Ledger = strings.Join(r.bit, "; "), r.failed, ledgers
+	out.Bit, out.Failed, out.Ledger = strings.Join(r.bit, "; "), r.failed, ledgers+"; "+gaps(logs)
 	if len(out.Failures()) > 0 {
 		return out, logs.WriteFile(filepath.Join(w.Dir(), name+".jsonl"))
 	}
@@ -200,6 +200,37 @@ func recovered(logs traffic.Logs, mended time.Time) (last time.Duration) {
 		last = max(last, c.Acks[i].At.Sub(mended))
 	}
 	return last
+}
+
+// gaps says how many users had which longest gap between two successes.
+func gaps(logs traffic.Logs) string {
+	bounds := []time.Duration{time.Second, 2 * time.Second, 5 * time.Second, 10 * time.Second, 30 * time.Second, time.Hour}
+	counts := make([]int, len(bounds))
+	for _, c := range logs.Clients {
+		var last time.Time
+		var longest time.Duration
+		for _, a := range c.Acks {
+			if !a.Success() {
+				continue
+			}
+			if !last.IsZero() {
+				longest = max(longest, a.At.Sub(last)-c.Every)
+			}
+			last = a.At
+		}
+		i := 0
+		for longest > bounds[i] {
+			i++
+		}
+		counts[i]++
+	}
+	var parts []string
+	for i, n := range counts {
+		if n > 0 {
+			parts = append(parts, fmt.Sprintf("up to %s: %d", bounds[i], n))
+		}
+	}
+	return "users by their longest gap beyond their own pace, " + strings.Join(parts, ", ")
 }
 
 // ledgers waits until nothing is open on any gateway and checks that the accounts balance.

@@ -102,7 +102,7 @@ func TestRetryIsStoredOnce(t *testing.T) {
 }
 
 func TestDeliveryAcks(t *testing.T) {
-	g := start(t, user("gw"), settings{"websocket.ack_timeout": "2s"})
+	g := start(t, user("gw"), settings{"websocket.delivery_timeout": "2s"})
 	name := user("alice")
 	c := connectTo(t, g, name, "ack=1")
 	for i := range 3 {
