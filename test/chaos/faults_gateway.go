@@ -334,8 +334,14 @@ func flood(ctx context.Context, r *row) error {
 func hops(ctx context.Context, r *row) error {
 	user := fmt.Sprint("hopper-", time.Now().UnixNano())
 	key := "user_session:" + user
-	n := 0
+	n, wrong := 0, 0
 	var last *websocket.Conn
+	look := func() {
+		got, err := r.w.Cache.Do(ctx, r.w.Cache.B().Hget().Key(key).Field("gateway_id").Build()).ToString()
+		if err != nil || got != r.g(1+(n-1)%2).ID {
+			wrong++
+		}
+	}
 	began := time.Now()
 	for time.Since(began) < 5*time.Second && ctx.Err() == nil {
 		c, err := dial(ctx, r.g(1+n%2).Addr, user)
@@ -347,7 +353,10 @@ func hops(ctx context.Context, r *row) error {
 		}
 		last = c
 		n++
+		sleep(ctx, 2*time.Millisecond) // the session before has ended meanwhile
+		look()
 	}
+	r.check(wrong == 0, "Redis did not name the gateway of the session that was open in %d of %d looks between hops", wrong, n)
 	defer func() { _ = last.CloseNow() }()
 	rate := float64(n) / time.Since(began).Seconds()
 	want := r.g(1 + (n-1)%2).ID
@@ -358,11 +367,9 @@ func hops(ctx context.Context, r *row) error {
 			}
 		}
 	}()
-	wrong := 0
+	wrong = 0
 	for checks := 0; checks < 300 && ctx.Err() == nil; checks++ {
-		if got, _ := world.RedisCommand(ctx, r.w.RedisAddr, "HGET", key, "gateway_id"); got != want {
-			wrong++
-		}
+		look()
 		sleep(ctx, 20*time.Millisecond)
 	}
 	r.check(wrong == 0, "Redis did not name %s in %d of 300 looks after the last hop", want, wrong)

@@ -141,7 +141,7 @@ func report(o options, rows []judge.Row, caught []string) error {
 		"one fault at a time under traffic both ways. The judge reads Kafka, Redis, etcd and the clients' logs.\n",
 		form, time.Now().Format("2006-01-02"))
 	if len(caught) > 0 {
-		header += "\nThe suite was tried on gateways with deliberate defects first, and caught each:\n\n"
+		header += "\nThe suite was tried on gateways with deliberate defects too, and caught each:\n\n"
 		for _, c := range caught {
 			header += "- " + c + "\n"
 		}

@@ -94,10 +94,12 @@ func selfTest(ctx context.Context, w *world.World, short bool) (caught []string,
 		if !d.found(row) {
 			return caught, fmt.Errorf("the defect %s was not caught: %q", d.name, row.Failures())
 		}
-		line := fmt.Sprintf("%s: %s", d.name, strings.Join(row.Failures(), "; "))
-		if i := strings.Index(line, ", e.g."); i > 0 {
-			line = line[:i]
+		seen := row.Verdict.Violations()
+		if len(seen) == 0 {
+			seen = row.Failed
 		}
+		first, _, _ := strings.Cut(seen[0], ", e.g.")
+		line := d.name + ": " + first
 		caught = append(caught, line)
 		fmt.Println("caught", line)
 	}
