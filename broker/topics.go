@@ -73,16 +73,11 @@ func topicDetail(partitions, replication int) *sarama.TopicDetail {
 // every topic that is missing or must not be used, and what to do. Topics that can lose acknowledged
 // records are logged as warnings, or are errors with Strict.
 func (a *Admin) EnsureTopics(ctx context.Context) error {
-	l := newLink()
-	defer l.cut()
-	defer context.AfterFunc(ctx, l.cut)()
-	conf := a.opts.config(l)
-	conf.Metadata.Full = true // the admin looks for the controller by it
-	conf.Metadata.Retry.Max = sideMetadataRetries
-	conf.Admin.Timeout = adminTimeout
-	admin, err := sarama.NewClusterAdmin(a.opts.Brokers, conf)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	_, admin, err := a.admin(ctx)
 	if err != nil {
-		return fmt.Errorf("kafka: %w", errors.Join(ctx.Err(), err))
+		return err
 	}
 	defer func() { _ = admin.Close() }()
 
@@ -95,6 +90,71 @@ func (a *Admin) EnsureTopics(ctx context.Context) error {
 		return err
 	}
 	return a.judge(admin, topics)
+}
+
+// HasTopic tells whether a gateway's downstream topic exists.
+func (a *Admin) HasTopic(ctx context.Context, gatewayID string) (bool, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	client, err := a.client(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer func() { _ = client.Close() }()
+	opts := a.opts
+	opts.GatewayID = gatewayID
+	_, err = client.Partitions(opts.DownstreamTopic())
+	if errors.Is(err, sarama.ErrUnknownTopicOrPartition) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("kafka: topic %s: %w", opts.DownstreamTopic(), err)
+	}
+	return true, nil
+}
+
+// EnsureOwn creates this gateway's downstream topic when it is missing, as when somebody has deleted it.
+func (a *Admin) EnsureOwn(ctx context.Context) error {
+	exists, err := a.HasTopic(ctx, a.opts.GatewayID)
+	if exists || err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	_, admin, err := a.admin(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = admin.Close() }()
+	return a.createTopic(admin, a.wanted()[0])
+}
+
+// client returns a client that is cut off when ctx ends, which the caller sees to.
+func (a *Admin) client(ctx context.Context) (sarama.Client, error) {
+	l := newLink()
+	context.AfterFunc(ctx, l.cut)
+	conf := a.opts.config(l)
+	conf.Metadata.Full = true // an admin looks for the controller by it
+	conf.Metadata.Retry.Max = sideMetadataRetries
+	conf.Admin.Timeout = adminTimeout
+	client, err := sarama.NewClient(a.opts.Brokers, conf)
+	if err != nil {
+		return nil, fmt.Errorf("kafka: %w", errors.Join(ctx.Err(), err))
+	}
+	return client, nil
+}
+
+// admin returns a client with an admin, whose Close closes both.
+func (a *Admin) admin(ctx context.Context) (sarama.Client, sarama.ClusterAdmin, error) {
+	client, err := a.client(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	admin, err := sarama.NewClusterAdminFromClient(client)
+	if err != nil {
+		return nil, nil, fmt.Errorf("kafka: %w", errors.Join(ctx.Err(), err, client.Close()))
+	}
+	return client, admin, nil
 }
 
 // create creates what is missing and may be created.
