@@ -139,8 +139,10 @@ func (e *Engine) account(began time.Time) {
 	event := e.log.Info().Dur("took_ms", time.Since(began))
 	if e.shards != nil {
 		st := e.shards.Stats()
-		event = event.Int64("sessions_left", st.Sessions).Int64("upstream_unsettled", st.InFlight).
-			Interface("downstream_ends", st.Ends).Interface("refused", st.Refused)
+		event = event.Int64("sessions_left", st.Sessions).Interface("refused", st.Refused)
+	}
+	if l, err := ReadLedger(e.metrics); err == nil {
+		event = event.Interface("upstream", l.Upstream).Interface("downstream", l.Downstream)
 	}
 	event.Msg("drained and stopped")
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -32,6 +33,8 @@ type Takeover struct {
 	o        TakeoverOptions
 	log      zerolog.Logger
 	topics   prometheus.Gauge
+	waiting  prometheus.Gauge
+	crowded  atomic.Bool // more topics are without an owner than may be taken over
 	outcomes *prometheus.CounterVec
 
 	seen    map[string]sighting // by gateway_id; owned by Run
@@ -68,16 +71,19 @@ func NewTakeover(o TakeoverOptions) (*Takeover, error) {
 		topics: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "im_gateway_takeover_topics", Help: "Downstream topics of dead gateways that this one reads.",
 		}),
+		waiting: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "im_gateway_takeover_waiting", Help: "Downstream topics of dead gateways that nobody reads, beyond what this one may take over.",
+		}),
 		outcomes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "im_gateway_takeovers_total",
 			Help: "Dead gateways' topics: taken over; and how that ended: returned (its owner is back, or another gateway has " +
-				"it), removed (empty for long enough), handed_over (this gateway stopped), failed.",
+				"it), removed (empty for long enough), made_room (quiet, and others wait), handed_over (this gateway stopped), failed.",
 		}, []string{"event"}),
 	}
-	for _, event := range []string{"taken", "returned", "removed", "handed_over", "failed"} {
+	for _, event := range []string{"taken", "returned", "removed", "made_room", "handed_over", "failed"} {
 		t.outcomes.WithLabelValues(event)
 	}
-	for _, c := range []prometheus.Collector{t.topics, t.outcomes} {
+	for _, c := range []prometheus.Collector{t.topics, t.waiting, t.outcomes} {
 		if err := o.Registerer.Register(c); err != nil {
 			return nil, fmt.Errorf("register the takeover's metrics: %w", err)
 		}
@@ -106,8 +112,10 @@ func (t *Takeover) Run(ctx context.Context) {
 			clear(t.seen) // nobody has watched them meanwhile
 			continue
 		}
+		left := 0
 		for _, o := range t.due(orphans, time.Now()) {
 			if !t.begin(o.GatewayID) {
+				left++
 				continue
 			}
 			adoptions.Go(func() {
@@ -115,6 +123,8 @@ func (t *Takeover) Run(ctx context.Context) {
 				t.adopt(ctx, o)
 			})
 		}
+		t.waiting.Set(float64(left))
+		t.crowded.Store(left > 0)
 	}
 }
 
@@ -230,6 +240,9 @@ func (t *Takeover) read(ctx context.Context, owner *registry.Owner, orphan regis
 		}
 		if errors.Is(owner.Check(ctx), registry.ErrNotOwner) {
 			return "returned", stop()
+		}
+		if !orphan.Random && t.crowded.Load() && consumer.Quiet() >= t.o.Quiet {
+			return "made_room", errors.Join(stop(), release())
 		}
 		if orphan.Random && consumer.Quiet() >= t.o.Quiet {
 			if err := stop(); err != nil {

@@ -12,7 +12,7 @@ var faults = []fault{
 	{name: "kafka reset", what: "connections reset at the brokers' answers, again and again for 10 s", short: true, do: kafkaReset},
 	{name: "kafka topic deleted", what: "a gateway's downstream topic deleted under it", do: topicDeleted},
 	{name: "kafka disk full", what: "the first broker's disk full, freed after 20 s", do: diskFull},
-	{name: "kafka record refused", what: "records larger than the topic takes, up and down", do: recordRefused},
+	{name: "kafka record refused", what: "records larger than the topics take: 60 kB up, 60 kB and 1.5 MB down", do: recordRefused},
 
 	{name: "etcd stopped", what: "etcd SIGKILLed for 60 s", do: etcdStopped},
 	{name: "etcd lease revoked", what: "the leases of a gateway's keys revoked", short: true, do: leaseRevoked},

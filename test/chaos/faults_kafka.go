@@ -199,11 +199,24 @@ func recordRefused(ctx context.Context, r *row) error {
 		return err == nil && found["offline"] == 1
 	})
 	r.check(ended, "the record that was too large for the undelivered topic has no end")
+	// And one of more than 1 MB, which its own topic takes and no other.
+	huge := "3000000"
+	if err := r.topicConfig(ctx, world.DownstreamPrefix+"g1", &huge); err != nil {
+		return err
+	}
+	if err := produce(ctx, r.w, "g1", user+"-nobody", user+"-huge", 1, 1_500_000); err != nil {
+		return err
+	}
+	ended = until(ctx, 30*time.Second, func() bool {
+		found, err := undelivered(ctx, r.w, user+"-huge")
+		return err == nil && found["offline"] == 1
+	})
+	r.check(ended, "the record of 1.5 MB has no end")
 	if status == 413 || status == 503 {
-		r.bite("a message of 60 kB was answered %d: %s", status, strings.TrimSpace(text))
+		r.bite("a message of 60 kB was answered %d: %s; 60 kB and 1.5 MB for nobody are undelivered without their values", status, strings.TrimSpace(text))
 	}
 	var none *string
-	for _, topic := range []string{world.UpstreamTopic, world.UndeliveredTopic} {
+	for _, topic := range []string{world.UpstreamTopic, world.UndeliveredTopic, world.DownstreamPrefix + "g1"} {
 		if err := r.topicConfig(ctx, topic, none); err != nil {
 			return err
 		}

@@ -246,7 +246,9 @@ func TestSeveralDevices(t *testing.T) {
 }
 
 // takeover makes gateways notice the dead within seconds.
-var takeover = settings{"takeover.after": "2s", "takeover.quiet": "2s"}
+//
+// The other tests leave topics behind, too, and they are not to stand in the way.
+var takeover = settings{"takeover.after": "2s", "takeover.quiet": "2s", "takeover.max_topics": "500"}
 
 func TestDeadGatewaysTopicIsTakenOver(t *testing.T) {
 	dead := start(t, user("gw"), takeover)

@@ -18,7 +18,7 @@ import (
 // TestClientLibraryMovesBetweenGateways: one gateway drains, another is killed; what the outbox took is
 // stored in its order, and what was pushed meanwhile is handled once.
 func TestClientLibraryMovesBetweenGateways(t *testing.T) {
-	change := settings{"takeover.after": "2s", "kafka.ack_deadline": "2s"}
+	change := settings{"takeover.after": "2s", "takeover.max_topics": "500", "kafka.ack_deadline": "2s"}
 	a, b := start(t, user("gw"), change), start(t, user("gw"), change)
 	name := user("alice")
 	var mu sync.Mutex
@@ -71,7 +71,7 @@ func TestClientLibraryMovesBetweenGateways(t *testing.T) {
 	if code := a.exit(); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
-	a = start(t, a.id, settings{"takeover.after": "2s", "http.addr": a.addr})
+	a = start(t, a.id, settings{"takeover.after": "2s", "takeover.max_topics": "500", "http.addr": a.addr})
 	push(b, "two")
 	send(50)
 	b.kill()

@@ -101,7 +101,7 @@ func startKafka(ctx context.Context, o Options, proxies *proxies) (*Kafka, error
 			return k, err
 		}
 	}
-	if k.Client, err = kgo.NewClient(kgo.SeedBrokers(k.Brokers()...), kgo.RetryTimeout(2*time.Minute)); err != nil {
+	if k.Client, err = kgo.NewClient(kgo.SeedBrokers(k.Brokers()...), kgo.RetryTimeout(2*time.Minute), kgo.ProducerBatchMaxBytes(4<<20)); err != nil {
 		return k, fmt.Errorf("kafka client: %w", err)
 	}
 	k.Admin = kadm.NewClient(k.Client)
