@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"io"
 	"net"
 	"slices"
 	"strings"
@@ -281,7 +282,7 @@ func reflectServices(ctx context.Context, conn *grpc.ClientConn) ([]string, erro
 	}
 	if err := stream.Send(&grpc_reflection_v1.ServerReflectionRequest{
 		MessageRequest: &grpc_reflection_v1.ServerReflectionRequest_ListServices{},
-	}); err != nil {
+	}); err != nil && !errors.Is(err, io.EOF) { // EOF: the server has refused already, Recv says why
 		return nil, err
 	}
 	answer, err := stream.Recv()

@@ -21,6 +21,8 @@ const (
 	// takeoverJitter is the part of takeover.after by which gateways differ in when they try, so that
 	// one does not get all.
 	takeoverJitter = 8
+	// slowLook is how long etcd may take to list the topics.
+	slowLook = 5 * time.Second
 	// adoptionLook is how often an adopted topic is looked after.
 	adoptionLook = time.Second
 	// adoptionStop is how long what is open of an adopted topic has to end when it is given up.
@@ -99,17 +101,21 @@ func (t *Takeover) Run(ctx context.Context) {
 	}
 	var adoptions sync.WaitGroup
 	defer adoptions.Wait()
-	look := time.NewTicker(min(max(t.o.After/8, 100*time.Millisecond), 5*time.Second))
+	every := min(max(t.o.After/8, 100*time.Millisecond), 5*time.Second)
+	look := time.NewTicker(every)
 	defer look.Stop()
-	for {
+	for looked := time.Now(); ; looked = time.Now() {
 		select {
 		case <-look.C:
 		case <-ctx.Done():
 			return
 		}
 		orphans, err := registry.Orphans(ctx, t.o.Etcd)
+		if time.Since(looked) > t.o.After/2+every+slowLook {
+			clear(t.seen) // this process was stopped: it has not watched them meanwhile
+		}
 		if err != nil {
-			clear(t.seen) // nobody has watched them meanwhile
+			clear(t.seen)
 			continue
 		}
 		left := 0
