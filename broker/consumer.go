@@ -273,7 +273,9 @@ func (c *Consumer) logErrors(errs <-chan error) {
 			}
 			if unknown == unknownMax {
 				unknown = 0
-				(*c.endSession.Load())(errTopicGone)
+				if end := c.endSession.Load(); end != nil {
+					(*end)(errTopicGone)
+				}
 			}
 		}
 		if n, ok := quiet.allow(); ok {

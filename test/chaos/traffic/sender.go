@@ -40,10 +40,12 @@ type Sender struct {
 	redis rueidis.Client
 
 	stop   chan struct{} // closed by StopSending
-	once   sync.Once
 	wg     sync.WaitGroup
-	busy   atomic.Int64 // records begun and not stored
 	failed atomic.Int64 // attempts
+
+	mu      sync.Mutex
+	stopped bool
+	busy    int // records begun and not stored
 }
 
 type downRecord struct {
@@ -88,10 +90,38 @@ func (s *Sender) Start(ctx context.Context) {
 }
 
 // StopSending begins no further records; one that was begun is still stored.
-func (s *Sender) StopSending() { s.once.Do(func() { close(s.stop) }) }
+func (s *Sender) StopSending() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.stopped {
+		s.stopped = true
+		close(s.stop)
+	}
+}
+
+// begin counts a record as begun, unless sending is over: after StopSending, Busy only falls.
+func (s *Sender) begin() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopped {
+		return false
+	}
+	s.busy++
+	return true
+}
+
+func (s *Sender) end() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.busy--
+}
 
 // Busy is how many records were begun and are not stored yet.
-func (s *Sender) Busy() int { return int(s.busy.Load()) }
+func (s *Sender) Busy() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.busy
+}
 
 // FailedAttempts counts produces that failed and were repeated.
 func (s *Sender) FailedAttempts() int64 { return s.failed.Load() }
@@ -113,9 +143,11 @@ func (s *Sender) user(ctx context.Context, user string) {
 				return
 			}
 		}
-		s.busy.Add(1)
+		if !s.begin() {
+			return
+		}
 		stored := s.store(ctx, &route, seq)
-		s.busy.Add(-1)
+		s.end()
 		if !stored || !s.pause(ctx, s.o.Every) {
 			return
 		}
