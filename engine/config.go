@@ -20,6 +20,7 @@ type Config struct {
 
 	HTTP      HTTP          `koanf:"http"`
 	WebSocket WebSocket     `koanf:"websocket"`
+	Limits    Limits        `koanf:"limits"`
 	Sessions  SessionRules  `koanf:"sessions"`
 	Auth      Auth          `koanf:"auth"`
 	Kafka     Kafka         `koanf:"kafka"`
@@ -47,6 +48,28 @@ type HTTP struct {
 	// HTTP API requests served at once; beyond it the answer is 503 with Retry-After. Cost: a
 	// goroutine and up to 64 KiB of body each.
 	MaxRequests int `koanf:"max_requests" range:"1..65536"`
+	// Connections in HTTP use at once; a further one is answered 503. Cost: about 20 KiB each.
+	MaxConnections int `koanf:"max_connections" range:"1..1000000"`
+	// Networks of the proxies and load balancers in front of the gateway, such as 10.0.0.0/8. Only they
+	// are believed when they name another address as the client's (PROXY protocol, X-Forwarded-For,
+	// Forwarded).
+	TrustedProxies []string `koanf:"trusted_proxies" check:"network"`
+	// Connections from http.trusted_proxies begin with a PROXY protocol header, version 2; one without
+	// is refused.
+	ProxyProtocol bool      `koanf:"proxy_protocol"`
+	TLS           ServerTLS `koanf:"tls"`
+}
+
+// ServerTLS is the TLS of the public port.
+type ServerTLS struct {
+	// PEM file with the server's certificate chain; the port then takes https and wss only. The files
+	// are read again when they change. Empty: no TLS.
+	CertFile string `koanf:"cert_file" check:"file"`
+	// PEM file with the key of cert_file.
+	KeyFile string `koanf:"key_file" check:"file"`
+	// TLS handshakes under way at once; further connections are closed. Cost: a goroutine and about
+	// 30 KiB each.
+	MaxHandshakes int `koanf:"max_handshakes" range:"1..65536"`
 }
 
 // WebSocket bounds what one client may send and what is held for it.
@@ -54,6 +77,8 @@ type WebSocket struct {
 	// The largest client message, all fragments together; a larger one is refused. Cost: that much
 	// memory for each client in the middle of a message.
 	MaxMessageBytes int `koanf:"max_message_bytes" unit:"bytes" range:"1KiB..768KiB"`
+	// Frames that one client message may come in; a message in more closes the connection with 1008.
+	MaxFragments int `koanf:"max_fragments" range:"1..16777216"`
 	// The largest HTTP head of an upgrade request. Cost: that much for each connection in its handshake.
 	HeadBytes int `koanf:"head_bytes" unit:"bytes" range:"1KiB..64KiB"`
 	// How long a new connection may take to send its first request.
@@ -81,6 +106,40 @@ type WebSocket struct {
 	// The web origins that browsers may connect from; * stands for every origin. Empty: every origin,
 	// which is safe as sessions are opened by tokens, never by cookies.
 	AllowedOrigins []string `koanf:"allowed_origins" check:"origin"`
+
+	Compression Compression `koanf:"compression"`
+}
+
+// Compression is permessage-deflate (RFC 7692), for clients that offer it.
+type Compression struct {
+	// Compress messages to clients that offer it, and take compressed ones from them. No context is
+	// kept between messages. Cost: CPU; no memory for a connection.
+	Enabled bool `koanf:"enabled"`
+	// Messages to clients that are smaller are sent as they are.
+	ThresholdBytes int `koanf:"threshold_bytes" unit:"bytes" range:"0..1MiB"`
+	// From 1, the fastest, to 9, the smallest. Cost: CPU.
+	Level int `koanf:"level" range:"1..9"`
+}
+
+// Limits bounds what one address, one connection or one user may take. 0 switches a limit off.
+type Limits struct {
+	// Networks to which the limits by address do not apply.
+	ExemptNetworks []string `koanf:"exempt_networks" check:"network"`
+	// Connections held at once from one address (IPv6: from one /64); further ones are answered 429.
+	ConnectionsPerIP int `koanf:"connections_per_ip" range:"0..16000000"`
+	// Connections held at once from one subnet (IPv4: /24, IPv6: /48); further ones are answered 429.
+	ConnectionsPerSubnet int `koanf:"connections_per_subnet" range:"0..16000000"`
+	// Connections that have not finished the head of their first request; beyond it the oldest of them
+	// is answered 408. Cost: up to websocket.head_bytes each.
+	HandshakesInFlight int `koanf:"handshakes_in_flight" range:"0..16000000"`
+	// Upgrades per second on this node; further ones are answered 503 with Retry-After.
+	HandshakesPerSecond int `koanf:"handshakes_per_second" range:"0..10000000"`
+	// Messages per second that one connection may send on average, two seconds' worth at once. Further
+	// ones are refused with RATE_LIMITED; a client that goes on regardless is closed with 1008. Pings
+	// count too.
+	MessagesPerSecond int `koanf:"messages_per_second" range:"0..10000000"`
+	// The same limit in bytes.
+	BytesPerSecond int `koanf:"bytes_per_second" unit:"bytes" range:"0..1GiB"`
 }
 
 // SessionRules is how many sessions a user may have.

@@ -14,6 +14,19 @@ const (
 	DefaultHeartbeatTimeout  = 75 * time.Second
 	DefaultEgressBudgetBytes = 1 << 20
 
+	DefaultMaxFragments         = 1024
+	DefaultCompressionThreshold = 512
+	DefaultCompressionLevel     = 1
+	DefaultMaxTLSHandshakes     = 1024
+	DefaultMaxHTTPConnections   = 8192
+
+	DefaultConnectionsPerIP     = 2000
+	DefaultConnectionsPerSubnet = 20000
+	DefaultHandshakesInFlight   = 4096
+	DefaultHandshakesPerSecond  = 20000
+	DefaultMessagesPerSecond    = 1000
+	DefaultBytesPerSecond       = 4 << 20
+
 	DefaultAlgorithm = "HS256"
 	DefaultLeeway    = 30 * time.Second
 
@@ -71,9 +84,11 @@ const (
 // Validate as it is: a key to check tokens with has no default.
 func Default() Config {
 	return Config{
-		HTTP: HTTP{Addr: DefaultHTTPAddr, MaxRequests: DefaultMaxRequests},
+		HTTP: HTTP{Addr: DefaultHTTPAddr, MaxRequests: DefaultMaxRequests, MaxConnections: DefaultMaxHTTPConnections, TLS: ServerTLS{MaxHandshakes: DefaultMaxTLSHandshakes}},
 		WebSocket: WebSocket{
 			MaxMessageBytes:       DefaultMaxMessageBytes,
+			MaxFragments:          DefaultMaxFragments,
+			Compression:           Compression{ThresholdBytes: DefaultCompressionThreshold, Level: DefaultCompressionLevel},
 			HeadBytes:             DefaultHeadBytes,
 			HandshakeTimeout:      DefaultHandshakeTimeout,
 			Heartbeat:             DefaultHeartbeat,
@@ -82,6 +97,15 @@ func Default() Config {
 			NodeEgressBudgetBytes: DefaultNodeEgressBudgetBytes,
 			DeliveryTimeout:       DefaultDeliveryTimeout,
 			RememberedMessages:    DefaultRememberedMessages,
+		},
+		Limits: Limits{
+			ExemptNetworks:       []string{"127.0.0.0/8", "::1/128"},
+			ConnectionsPerIP:     DefaultConnectionsPerIP,
+			ConnectionsPerSubnet: DefaultConnectionsPerSubnet,
+			HandshakesInFlight:   DefaultHandshakesInFlight,
+			HandshakesPerSecond:  DefaultHandshakesPerSecond,
+			MessagesPerSecond:    DefaultMessagesPerSecond,
+			BytesPerSecond:       DefaultBytesPerSecond,
 		},
 		Auth: Auth{Algorithm: DefaultAlgorithm, Leeway: DefaultLeeway},
 		Kafka: Kafka{

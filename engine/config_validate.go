@@ -69,6 +69,7 @@ var checks = [...]check{
 	{"topic", "1 to 249 of A-Z a-z 0-9 . _ -", validTopic},
 	{"sessions", "replace or allow:N with N from 2 to 64", func(s string) bool { return sessionPolicy(s) > 0 }},
 	{"origin", "* or an origin such as https://chat.example.com", validOrigin},
+	{"network", "a network such as 10.0.0.0/8, or an address", validNetwork},
 	{"file", "a file that can be read", readable},
 }
 
@@ -156,6 +157,31 @@ func validOrigin(s string) bool {
 		u.Scheme+"://"+u.Host == s && (u.Port() == "" || validPort(u.Port(), 1))
 }
 
+func validNetwork(s string) bool {
+	_, err := network(s)
+	return err == nil
+}
+
+// network reads a network, or an address as the network of it alone.
+func network(s string) (netip.Prefix, error) {
+	if a, err := netip.ParseAddr(s); err == nil {
+		return a.Prefix(a.BitLen())
+	}
+	p, err := netip.ParsePrefix(s)
+	return p.Masked(), err
+}
+
+// networks reads what Validate has passed.
+func networks(list []string) []netip.Prefix {
+	var prefixes []netip.Prefix
+	for _, s := range list {
+		if p, err := network(s); err == nil {
+			prefixes = append(prefixes, p)
+		}
+	}
+	return prefixes
+}
+
 func readable(name string) bool {
 	f, err := os.Open(name)
 	if err != nil {
@@ -241,6 +267,16 @@ func (c *Config) crossProblems() []Problem {
 	}
 	if ws := &c.WebSocket; ws.HeartbeatTimeout <= ws.Heartbeat {
 		add("websocket.heartbeat_timeout", "must be longer than websocket.heartbeat, %s", durationText(ws.Heartbeat))
+	}
+	if l := &c.Limits; l.BytesPerSecond > 0 && c.WebSocket.MaxMessageBytes <= 768<<10 &&
+		2*l.BytesPerSecond < c.WebSocket.MaxMessageBytes {
+		add("limits.bytes_per_second", "must let a message of websocket.max_message_bytes, %d, through in 2 s", c.WebSocket.MaxMessageBytes)
+	}
+	if t := &c.HTTP.TLS; (t.CertFile == "") != (t.KeyFile == "") {
+		add("http.tls.cert_file", "and http.tls.key_file must both be set, or neither")
+	}
+	if c.HTTP.ProxyProtocol && len(c.HTTP.TrustedProxies) == 0 {
+		add("http.trusted_proxies", "must not be empty with http.proxy_protocol")
 	}
 	switch c.Auth.Algorithm {
 	case "HS256", "HS384", "HS512":

@@ -292,12 +292,16 @@ func (e *Engine) newServer() (*transport.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &e.cfg.WebSocket
+	w, lim := &e.cfg.WebSocket, &e.cfg.Limits
 	return transport.New(transport.Options{
 		Addr: e.cfg.HTTP.Addr, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,
 		Sink: e.shards, Verifier: e.verifier, API: api,
 		MaxMessageBytes: w.MaxMessageBytes, HeadBytes: w.HeadBytes, HandshakeTimeout: w.HandshakeTimeout,
 		Heartbeat: w.Heartbeat, HeartbeatTimeout: w.HeartbeatTimeout, EgressBudget: w.EgressBudgetBytes, MaxConnections: w.MaxConnections,
+		MaxFragments: w.MaxFragments, MaxHTTPConnections: e.cfg.HTTP.MaxConnections,
+		ExemptNetworks: networks(lim.ExemptNetworks), ConnectionsPerIP: lim.ConnectionsPerIP, ConnectionsPerSubnet: lim.ConnectionsPerSubnet,
+		HandshakesInFlight: lim.HandshakesInFlight, HandshakesPerSecond: lim.HandshakesPerSecond,
+		MessagesPerSecond: lim.MessagesPerSecond, BytesPerSecond: lim.BytesPerSecond,
 		AllowedOrigins: w.AllowedOrigins, Logger: e.log, Registerer: e.metrics,
 	})
 }

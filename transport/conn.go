@@ -37,8 +37,9 @@ type conn struct {
 	expires  int64           // of the token, Unix ms
 	written  uint64          // bytes that the connection was asked to write
 	asm      *assembly       // of a message that came in pieces; nil while there is none
-	bridge   *bridge         // while net/http has it
-	linger   *linger         // while closing
+	*aside                   // what few connections have; noAside for the others
+	from     network         // counted for the limits by address
+	paid     int64           // when what it has sent is paid for, Unix ns; see spend
 	head     int32           // first command of the current egress batch; -1: none
 	last     int32           // its last
 	state    connState
@@ -46,6 +47,26 @@ type conn struct {
 	backlog  bool // in the loop's backlog list
 	half     bool // our side is shut down
 	checking bool // a refreshed token is being checked
+
+	unfinished bool // of its first head
+	turnedAway bool // it is told that there is no room
+}
+
+// aside is what only some connections have, and only for a while.
+type aside struct {
+	bridge *bridge // while net/http has it
+	linger *linger // while closing
+}
+
+// noAside stands for what a connection does not have; it is never written to.
+var noAside = new(aside)
+
+// own returns the connection's own aside, to be written to.
+func (cn *conn) own() *aside {
+	if cn.aside == noAside {
+		cn.aside = new(aside)
+	}
+	return cn.aside
 }
 
 type linger struct {
@@ -55,7 +76,7 @@ type linger struct {
 
 // drop lets go of what only a live connection needs.
 func (cn *conn) drop() {
-	cn.asm, cn.bridge, cn.linger = nil, nil, nil
+	cn.asm, cn.aside = nil, noAside
 }
 
 // read handles the input that gnet has for the connection.
@@ -211,8 +232,9 @@ func (cn *conn) respond(response string) {
 	}
 	if cn.bridge != nil {
 		cn.bridge.hangUp()
-		cn.bridge = nil
+		cn.own().bridge = nil
 	}
+	cn.finishHead()
 	cn.state = stateClosing
 	cn.write([]byte(response))
 	cn.startLinger()
@@ -223,7 +245,7 @@ func (cn *conn) startLinger() {
 	if cn.state == stateClosed {
 		return
 	}
-	cn.linger = &linger{until: cn.l.now + lingerMS}
+	cn.own().linger = &linger{until: cn.l.now + lingerMS}
 	cn.l.s.lingering.Add(1)
 	cn.l.lingering = append(cn.l.lingering, cn)
 	cn.halfClose()

@@ -25,6 +25,7 @@ type assembly struct {
 	fin       bool   // the frame being read is the message's last
 	rest      []byte // input that came by way of net/http and is not consumed yet
 	message   bool   // a message has begun
+	frames    int    // of the message, so far
 }
 
 // maxPooledMessage keeps huge buffers out of the pool.
@@ -237,7 +238,12 @@ func (cn *conn) header(b []byte) (h frameHeader, ok bool) {
 func (cn *conn) begin(h frameHeader) {
 	a := cn.assemble()
 	if !a.message {
-		a.message, a.op, a.checked, a.buf = true, h.op, 0, a.buf[:0]
+		a.message, a.op, a.checked, a.frames, a.buf = true, h.op, 0, 0, a.buf[:0]
+	}
+	if a.frames++; a.frames > cn.l.s.opts.MaxFragments || !h.fin && cn.spend(fragmentCost, 0) == farBeyond {
+		cn.l.s.metrics.refuse(codec.RateLimited)
+		cn.l.fail(cn, codec.ClosePolicy, reasonFragments)
+		return
 	}
 	a.fin, a.remaining, a.pos, a.mask = h.fin, h.length, 0, h.mask
 	if h.length == 0 {
@@ -299,6 +305,9 @@ func (a *assembly) checkText(final bool) bool {
 
 // control handles a control frame.
 func (cn *conn) control(op ws.OpCode, payload []byte) {
+	if op != ws.OpClose && cn.overRate(len(payload)) {
+		return
+	}
 	switch op {
 	case ws.OpPing:
 		cn.l.replies = appendFrame(cn.l.replies, ws.OpPong, payload)

@@ -187,6 +187,11 @@ func (cn *conn) handOver() {
 	}
 	b := &bridge{cn: cn, local: cn.c.LocalAddr(), remote: cn.c.RemoteAddr(), wake: make(chan struct{}, 1),
 		gone: make(chan struct{}), readBy: newBridgeDeadline(), writeBy: newBridgeDeadline()}
+	if int(l.s.bridged.Load()) >= l.s.opts.MaxHTTPConnections {
+		l.s.metrics.handshake.shed.Inc()
+		cn.respond(shedResponse)
+		return
+	}
 	select {
 	case l.s.http.accepts <- b:
 	default:
@@ -194,8 +199,10 @@ func (cn *conn) handOver() {
 		cn.respond(shedResponse)
 		return
 	}
+	l.s.bridged.Add(1)
 	l.s.metrics.handovers.Inc()
-	cn.bridge = b
+	cn.finishHead()
+	cn.own().bridge = b
 	cn.state = stateBridged
 	cn.feedBridge()
 }
@@ -221,7 +228,7 @@ func (cn *conn) takeBack(b *bridge, head, rest []byte) {
 	more, whole := b.take()
 	rest = append(rest, more...)
 	b.hangUp()
-	cn.bridge = nil
+	cn.own().bridge = nil
 	cn.state = stateHead
 	if !whole {
 		cn.respond(badRequestResponse)
@@ -290,6 +297,7 @@ func (b *bridge) hangUp() {
 	if !b.ended {
 		b.ended = true
 		close(b.gone)
+		b.cn.l.s.bridged.Add(-1)
 	}
 }
 
@@ -389,7 +397,7 @@ func (b *bridge) Close() error {
 	cn := b.cn
 	cn.l.executeFor(cn, func() {
 		if cn.bridge == b && cn.state == stateBridged {
-			cn.bridge = nil
+			cn.own().bridge = nil
 			cn.state = stateClosing
 			cn.startLinger()
 		}

@@ -24,8 +24,7 @@ const (
 )
 
 var (
-	headEnd  = []byte("\r\n\r\n")
-	lineEnd  = headEnd[:2]
+	lineEnd  = []byte("\r\n")
 	space    = []byte(" ")
 	colon    = []byte(":")
 	wsPrefix = []byte("GET " + wsPath)
@@ -63,32 +62,27 @@ func (cn *conn) readHead() {
 	if err != nil {
 		return
 	}
-	prefix := wsPrefix
-	if l.s.opts.Echo {
-		prefix = anyGet
-	}
-	if n := min(len(b), len(prefix)); !bytes.Equal(b[:n], prefix[:n]) {
+	size, strict := headSize(b[:min(len(b), l.s.opts.HeadBytes)])
+	switch {
+	case len(b) > 0 && !isToken(b[:1]): // no HTTP: a TLS client, perhaps
+		l.s.metrics.handshake.malformed.Inc()
+		cn.respond(badRequestResponse)
+		return
+	case size == 0 && len(b) >= l.s.opts.HeadBytes:
+		l.s.metrics.handshake.tooLarge.Inc()
+		cn.respond(tooLargeResponse)
+		return
+	case size == 0:
+		return // net/http would hold a goroutine for a head that is slow to come
+	case l.s.opts.Echo && !bytes.HasPrefix(b, anyGet), !l.s.opts.Echo && !opensWebSocket(b):
 		cn.handOver()
 		return
-	}
-	if !l.s.opts.Echo {
-		if len(b) <= len(prefix) {
-			return
-		}
-		if c := b[len(prefix)]; c != ' ' && c != '?' {
-			cn.handOver()
-			return
-		}
-	}
-	end := bytes.Index(b[:min(len(b), l.s.opts.HeadBytes)], headEnd)
-	if end < 0 {
-		if len(b) >= l.s.opts.HeadBytes {
-			l.s.metrics.handshake.tooLarge.Inc()
-			cn.respond(tooLargeResponse)
-		}
+	case !strict:
+		l.s.metrics.handshake.malformed.Inc()
+		cn.respond(badRequestResponse)
 		return
 	}
-	head := b[:end+len(headEnd)]
+	head := b[:size]
 	var h upgradeHead
 	h.read(head)
 	if !h.upgrade && !h.malformed && !l.s.opts.Echo {
@@ -96,6 +90,31 @@ func (cn *conn) readHead() {
 		return
 	}
 	cn.upgrade(head, &h, len(head))
+}
+
+// headSize is the length of the head that b begins with, its empty line included; 0 while it is not
+// whole. strict tells that the last line ends as RFC 9112, section 2.2, wants it: net/http takes a
+// bare line feed too.
+func headSize(b []byte) (size int, strict bool) {
+	for at := 0; ; {
+		n := bytes.IndexByte(b[at:], '\n')
+		if n < 0 {
+			return 0, false
+		}
+		at += n + 1
+		switch {
+		case bytes.HasPrefix(b[at:], lineEnd):
+			return at + 2, at >= 2 && b[at-2] == '\r'
+		case bytes.HasPrefix(b[at:], lineEnd[1:]):
+			return at + 1, false
+		}
+	}
+}
+
+// opensWebSocket tells whether a request is a GET of the WebSocket's path.
+func opensWebSocket(head []byte) bool {
+	rest, ok := bytes.CutPrefix(head, wsPrefix)
+	return ok && (rest[0] == ' ' || rest[0] == '?')
 }
 
 // read scans the head's lines. The upgrader checks what RFC 6455 says of a handshake; here is what it
@@ -263,6 +282,10 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 		l.s.metrics.handshake.shed.Inc()
 		cn.respond(shedResponse)
 		return
+	case !l.s.upgrade.allow(l.now):
+		l.s.metrics.handshake.rate.Inc()
+		cn.respond(shedResponse)
+		return
 	case h.malformed:
 		l.s.metrics.handshake.malformed.Inc()
 		cn.respond(badRequestResponse)
@@ -330,6 +353,7 @@ func (cn *conn) finishUpgrade(head []byte, inBuffer int, w wish, who Identity, e
 		rest, cn.asm.rest = cn.asm.rest, nil
 		cn.freeAssembly()
 	}
+	cn.finishHead()
 	cn.state = stateOpen
 	if err != nil {
 		cn.endOpen(codec.CloseTokenRefused, reasonAuth,
@@ -416,6 +440,8 @@ func (o *originCheck) allows(origin, host []byte) bool {
 var (
 	shedResponse = response("503 Service Unavailable", "Retry-After: "+retryAfterShed+"\r\n",
 		string(codec.Overloaded), "the gateway takes no more connections at the moment")
+	crowdedResponse = response("429 Too Many Requests", "Retry-After: "+retryAfterShed+"\r\n",
+		string(codec.RateLimited), "too many connections from this address")
 	timeoutResponse  = response("408 Request Timeout", "", "TIMEOUT", "the request's head did not come in time")
 	tooLargeResponse = response("431 Request Header Fields Too Large", "", string(codec.MessageTooLarge), "the request's head is too large")
 	originResponse   = response("403 Forbidden", "", string(codec.AuthFailed), "pages of this origin may not connect")

@@ -90,7 +90,7 @@ func bareLoop(t testing.TB, sink Sink, change func(*Options)) *loop {
 // opened is an open connection over a pipe.
 func opened(l *loop, user string) (*conn, *pipe) {
 	p := &pipe{}
-	cn := &conn{c: p, l: l, state: stateOpen, head: -1, lastRead: l.now}
+	cn := &conn{c: p, l: l, state: stateOpen, head: -1, aside: noAside, lastRead: l.now}
 	if !l.s.opts.Echo {
 		l.startSession(cn, Identity{User: user, ExpiresAt: l.now + 1e6}, wish{})
 	}
@@ -109,7 +109,7 @@ func TestUpgradeAllocations(t *testing.T) {
 	l := bareLoop(t, &dropSink{}, nil)
 	who := Identity{User: "alice", ExpiresAt: l.now + 1e6}
 	p := &pipe{}
-	cn := &conn{c: p, l: l, head: -1}
+	cn := &conn{c: p, l: l, head: -1, aside: noAside}
 	upgrade := func() {
 		cn.state, p.in = stateHead, head
 		h.read(head)

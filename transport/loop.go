@@ -30,7 +30,6 @@ type loop struct {
 	resuming request // by a shard with room again
 
 	builder  *codec.Builder
-	devices  map[codec.SessionID]string // ids of the devices of sessions that have named theirs
 	shards   []shardLink
 	flushDue bool  // a flush of this loop's own is on its way
 	flushing task  // that flush
@@ -42,7 +41,13 @@ type loop struct {
 	touched []*conn
 	hs      handshakeIO
 
-	heads     []deadline // connections that have not finished their head, oldest first
+	messages messageRate
+	devices  map[codec.SessionID]string // ids of the devices of sessions that have named theirs
+
+	heads      []deadline // connections that have not finished their head, oldest first, and some that have
+	unfinished int        // of them those that have not
+	turnedAway int        // connections being told that there is no room
+
 	lingering []*conn
 	suspects  []*conn // silent for long
 	backlog   []waiting
@@ -101,7 +106,8 @@ type deadline struct {
 }
 
 func newLoop(s *Server, index int) *loop {
-	l := &loop{s: s, index: index, devices: map[codec.SessionID]string{}}
+	l := &loop{s: s, index: index, devices: map[codec.SessionID]string{},
+		messages: newMessageRate(s.opts.MessagesPerSecond, s.opts.BytesPerSecond)}
 	l.flushing = task{l: l, f: (*loop).flush}
 	l.ticking.init(l, (*loop).tick)
 	l.resuming.init(l, (*loop).flush)
@@ -158,19 +164,37 @@ func (l *loop) guard(cn *conn, f func()) {
 }
 
 // open takes a new connection in.
-func (l *loop) open(c gnet.Conn) {
+func (l *loop) open(c gnet.Conn, from network) {
 	l.now = time.Now().UnixMilli()
-	cn := &conn{c: c, l: l, state: stateHead, lastRead: l.now, head: -1}
+	cn := &conn{c: c, l: l, state: stateHead, lastRead: l.now, head: -1, aside: noAside, from: from, unfinished: true}
 	c.SetContext(cn)
 	l.heads = append(l.heads, deadline{cn, l.now + l.s.opts.HandshakeTimeout.Milliseconds()})
+	l.unfinished++
+	if bound := l.s.opts.HandshakesInFlight; bound > 0 && l.unfinished > max(1, bound/len(l.s.loops)) {
+		// The oldest has had the most time, and whoever means it needs little.
+		l.tickHeads(1)
+	}
 }
 
 // turnAway refuses a new connection.
-func (l *loop) turnAway(c gnet.Conn) {
+func (l *loop) turnAway(c gnet.Conn, response string) gnet.Action {
+	if l.turnedAway >= courtesy {
+		return gnet.Close
+	}
 	l.now = time.Now().UnixMilli()
-	cn := &conn{c: c, l: l, state: stateHead, lastRead: l.now, head: -1}
+	l.turnedAway++
+	cn := &conn{c: c, l: l, state: stateHead, lastRead: l.now, head: -1, aside: noAside, turnedAway: true}
 	c.SetContext(cn)
-	l.guard(nil, func() { cn.respond(shedResponse) })
+	l.guard(nil, func() { cn.respond(response) })
+	return gnet.None
+}
+
+// finishHead takes a connection out of those that have not finished their head.
+func (cn *conn) finishHead() {
+	if cn.unfinished {
+		cn.unfinished = false
+		cn.l.unfinished--
+	}
 }
 
 // traffic handles what a connection has sent.
@@ -191,6 +215,11 @@ func (l *loop) closed(cn *conn) {
 	}
 	l.now = time.Now().UnixMilli()
 	cn.state = stateClosed
+	cn.finishHead()
+	if cn.turnedAway {
+		l.turnedAway--
+	}
+	l.s.perAddr.give(cn.from)
 	if cn.linger != nil {
 		l.s.lingering.Add(-1)
 	}
@@ -320,23 +349,36 @@ func (l *loop) flush() {
 
 // tick looks after the few connections that need it: unfinished heads, lingering closes, backlogs.
 func (l *loop) tick() {
+	spare.ready()
+	l.tickHeads(0)
+	l.tickLingering()
+	l.tickBacklog()
+	l.tickSuspects()
+}
+
+// tickHeads ends the connections whose time for their first head is over, and so many of the oldest
+// besides.
+func (l *loop) tickHeads(besides int) {
 	for len(l.heads) > 0 {
 		d := l.heads[0]
-		unfinished := d.cn.state == stateHead || d.cn.state == stateVerifying
-		if unfinished && d.at > l.now {
+		late := d.at <= l.now
+		if d.cn.unfinished && !late && besides == 0 {
 			break
 		}
 		l.heads[0] = deadline{}
 		l.heads = l.heads[1:]
-		if unfinished {
-			l.s.metrics.handshake.timeout.Inc()
-			d.cn.respond(timeoutResponse)
+		if !d.cn.unfinished {
+			continue
 		}
+		if late {
+			l.s.metrics.handshake.timeout.Inc()
+		} else {
+			besides--
+			l.s.metrics.handshake.displaced.Inc()
+		}
+		l.guard(d.cn, func() { d.cn.respond(timeoutResponse) })
 	}
 	if len(l.heads) == 0 {
 		l.heads = nil
 	}
-	l.tickLingering()
-	l.tickBacklog()
-	l.tickSuspects()
 }

@@ -8,16 +8,18 @@ import (
 
 // The fixed names of why a connection ended: close reasons, log fields and events alike.
 const (
-	reasonPeer     = "closed by client"
-	reasonLost     = "connection lost"
-	reasonProtocol = "protocol error"
-	reasonUTF8     = "text is not valid UTF-8"
-	reasonTooBig   = "message too large"
-	reasonBinary   = "im.json.v1 takes text frames only"
-	reasonSlow     = "too much is waiting to be read"
-	reasonSilent   = "heartbeat missed"
-	reasonInternal = "internal error"
-	reasonAuth     = "token refused"
+	reasonPeer      = "closed by client"
+	reasonLost      = "connection lost"
+	reasonProtocol  = "protocol error"
+	reasonUTF8      = "text is not valid UTF-8"
+	reasonTooBig    = "message too large"
+	reasonBinary    = "im.json.v1 takes text frames only"
+	reasonSlow      = "too much is waiting to be read"
+	reasonSilent    = "heartbeat missed"
+	reasonInternal  = "internal error"
+	reasonFlood     = "too many messages"
+	reasonFragments = "message in too many pieces"
+	reasonAuth      = "token refused"
 )
 
 // message handles one whole message; payload is the loop's until this returns.
@@ -31,11 +33,21 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 		}
 		return
 	}
+	rate := cn.spend(1, len(payload))
+	if rate == farBeyond {
+		l.s.metrics.refuse(codec.RateLimited)
+		l.fail(cn, codec.ClosePolicy, reasonFlood)
+		return
+	}
 	var m codec.ClientMessage
 	if err := codec.ParseClient(payload, &m); err != nil {
 		if refusal, ok := err.(*codec.ParseError); ok { // errors.As would allocate; it is never wrapped
 			cn.refuse(&m, refusal.Code, refusal.Message, 0)
 		}
+		return
+	}
+	if rate == beyondRate {
+		cn.refuse(&m, codec.RateLimited, "too many messages; the message was not stored", cn.retryAfterMS())
 		return
 	}
 	hookFrame(&m)
@@ -58,6 +70,19 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 		l.emit(codec.Event{Kind: codec.EventMessage, Session: cn.id,
 			Upstream: l.builder.Build(&m, cn.user, cn.id, l.now)})
 	}
+}
+
+// overRate charges a control frame and tells whether it is left unanswered.
+func (cn *conn) overRate(bytes int) bool {
+	rate := cn.spend(1, bytes)
+	if rate == withinRate {
+		return false
+	}
+	cn.l.s.metrics.refuse(codec.RateLimited)
+	if rate == farBeyond {
+		cn.l.fail(cn, codec.ClosePolicy, reasonFlood)
+	}
+	return true
 }
 
 // overloadRetryMS is when a client whose message found its shard's queue full may try again.

@@ -22,7 +22,7 @@ type metrics struct {
 	refused     map[codec.Code]prometheus.Counter
 	closes      *prometheus.CounterVec
 	handshake   struct {
-		ok, refused, malformed, tooLarge, timeout, shed, origin prometheus.Counter
+		ok, refused, malformed, tooLarge, timeout, displaced, shed, rate, crowded, origin prometheus.Counter
 	}
 }
 
@@ -54,11 +54,15 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 			Name: "im_gateway_transport_closes_total", Help: "Sessions ended, by close code.",
 		}, []string{"code"}),
 	}
+	register(acceptFailures)
 	register(m.sessions)
 	register(m.closes)
 	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "im_gateway_transport_connections", Help: "Connections open, of every kind.",
 	}, func() float64 { return float64(s.connections.Load()) }))
+	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "im_gateway_transport_http_connections", Help: "Connections that the HTTP server has; bounded by http.max_connections.",
+	}, func() float64 { return float64(s.bridged.Load()) }))
 	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "im_gateway_transport_connections_bound", Help: "Connections beyond which new ones are refused.",
 	}, func() float64 { return float64(s.opts.MaxConnections) }))
@@ -66,7 +70,7 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 		Name: "im_gateway_transport_refused_total", Help: "Client messages refused by the event loops, by code.",
 	}, []string{"code"})
 	register(refused)
-	for _, code := range []codec.Code{codec.InvalidMessage, codec.MessageTooLarge, codec.Overloaded} {
+	for _, code := range []codec.Code{codec.InvalidMessage, codec.MessageTooLarge, codec.Overloaded, codec.RateLimited} {
 		m.refused[code] = refused.WithLabelValues(string(code))
 	}
 	handshakes := prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -79,7 +83,10 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 	h.malformed = handshakes.WithLabelValues("malformed")
 	h.tooLarge = handshakes.WithLabelValues("too_large")
 	h.timeout = handshakes.WithLabelValues("timeout")
+	h.displaced = handshakes.WithLabelValues("displaced")
 	h.shed = handshakes.WithLabelValues("shed")
+	h.rate = handshakes.WithLabelValues("rate_limited")
+	h.crowded = handshakes.WithLabelValues("address_limit")
 	h.origin = handshakes.WithLabelValues("origin_refused")
 	return m, failed
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -48,7 +49,20 @@ type Options struct {
 	HeartbeatTimeout time.Duration // silence after which a connection is closed with 4001; 75 s
 	EgressBudget     int           // bytes; beyond it and 64 KiB the loop itself closes with 4000; 1 MiB
 	MaxConnections   int           // 0, or more than RLIMIT_NOFILE allows with a head-room: that
-	AllowedOrigins   []string      // of browsers; empty or *: all
+	MaxFragments     int           // frames of one message; 1024
+
+	MaxHTTPConnections int // served by net/http at once; 8192
+
+	// Limits by address, rates and the like; 0: none. The rates may be used two seconds ahead.
+	ExemptNetworks       []netip.Prefix // from the limits by address
+	ConnectionsPerIP     int            // IPv6: per /64
+	ConnectionsPerSubnet int            // IPv4: /24, IPv6: /48
+	HandshakesInFlight   int            // connections without a whole first head; beyond: the oldest goes
+	HandshakesPerSecond  int
+	MessagesPerSecond    int // of one connection
+	BytesPerSecond       int // of one connection; two seconds' worth must hold the largest message
+
+	AllowedOrigins []string // of browsers; empty or *: all
 	// Echo serves every WebSocket connection as a plain echo, without tokens, shards or API.
 	Echo bool
 
@@ -62,7 +76,7 @@ const (
 	tickInterval   = 100 * time.Millisecond
 	egressSlack    = 64 << 10
 	verifyQueue    = 1024 // slow token checks waiting
-	courtesy       = 64   // connections beyond the bound that are told so; more are closed at once
+	courtesy       = 64   // connections beyond a bound that are told so at a time; more are closed at once
 	retryAfterShed = "5"  // seconds
 )
 
@@ -74,6 +88,8 @@ func (o *Options) validate() error {
 	def(&o.Heartbeat, 30*time.Second)
 	def(&o.HeartbeatTimeout, 75*time.Second)
 	def(&o.EgressBudget, 1<<20)
+	def(&o.MaxFragments, 1024)
+	def(&o.MaxHTTPConnections, 8192)
 	switch {
 	case o.Addr == "":
 		return errors.New("no address to listen on")
@@ -125,6 +141,8 @@ type Server struct {
 	metrics *metrics
 	log     zerolog.Logger // sampled
 	origin  originCheck
+	perAddr *addressLimits
+	upgrade *rate
 	loops   []*loop
 	addr    net.Addr
 	addrErr error
@@ -134,6 +152,7 @@ type Server struct {
 
 	register    sync.Mutex // of a loop at its first connection
 	connections atomic.Int64
+	bridged     atomic.Int64 // of them net/http has
 	lingering   atomic.Int64 // of them closed, but for the peer to read why
 	draining    atomic.Bool
 	stopping    atomic.Bool
@@ -154,8 +173,10 @@ func New(opts Options) (*Server, error) {
 		return nil, fmt.Errorf("transport options: %w", err)
 	}
 	s := &Server{
-		opts:   opts,
-		origin: newOriginCheck(opts.AllowedOrigins),
+		opts:    opts,
+		origin:  newOriginCheck(opts.AllowedOrigins),
+		perAddr: newAddressLimits(&opts),
+		upgrade: newRate(opts.HandshakesPerSecond),
 		log: opts.Logger.Sample(&zerolog.BurstSampler{
 			Burst: 20, Period: time.Second, NextSampler: &zerolog.BasicSampler{N: 1000},
 		}),
@@ -193,7 +214,9 @@ func (s *Server) Start(ctx context.Context) error {
 	defer free()
 	runCtx, cancel := context.WithCancel(context.Background())
 	s.cancel = cancel
+	spare.acquire()
 	s.children.Go(func() {
+		defer spare.retire()
 		err = s.runEngine(port) // read after done
 		if !s.stopping.Load() {
 			s.err = ErrEngineEnded
@@ -455,15 +478,20 @@ func (s *Server) identify(token []byte) (who Identity, err error) {
 func (s *Server) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 	n := int(s.connections.Add(1))
 	l := s.loopOf(c)
+	if !spare.ready() || n > s.opts.MaxConnections+courtesy {
+		s.metrics.handshake.shed.Inc() // without a descriptor to spare, or too many to be polite
+		return nil, gnet.Close
+	}
 	if n > s.opts.MaxConnections || s.draining.Load() {
 		s.metrics.handshake.shed.Inc()
-		if n > s.opts.MaxConnections+courtesy {
-			return nil, gnet.Close // too many to be polite
-		}
-		l.turnAway(c)
-		return nil, gnet.None
+		return nil, l.turnAway(c, shedResponse)
 	}
-	l.open(c)
+	from, ok := s.perAddr.take(addrOf(c.RemoteAddr()))
+	if !ok {
+		s.metrics.handshake.crowded.Inc()
+		return nil, l.turnAway(c, crowdedResponse)
+	}
+	l.open(c, from)
 	return nil, gnet.None
 }
 
