@@ -237,7 +237,7 @@ func (k *claim) read(m *sarama.ConsumerMessage, now int64) {
 		k.backlog = append(k.backlog, k.deadLetter(m, err))
 		return
 	}
-	d.Frame = codec.AppendDownstreamFrame(nil, d, now)
+	d.Encode(now)
 	d.Owner, d.Pending, d.Forwarded = k.inbox, len(d.Targets), forwarded(m.Headers)
 	k.opened(len(d.Targets))
 	for i, target := range d.Targets {

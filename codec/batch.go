@@ -34,6 +34,7 @@ type Open struct {
 	User        string // the authenticated user's id
 	ExpiresAt   int64  // when the token expires, Unix milliseconds
 	ConnectedAt int64  // Unix milliseconds
+	Protocol    Protocol
 	Acks        bool   // the client acknowledges deliveries
 	DeviceID    string // empty: the client has not named its device
 	Device      string // the kind of device; may be empty
@@ -202,12 +203,16 @@ type Downstream struct {
 	Forwarded  bool   // it was forwarded to this gateway, and is not forwarded again
 	Kick       bool   // Type is "kick": close the targets' sessions
 	KickReason string
-	Frame      []byte // the client frame, im.json.v1, encoded once for all targets
+	Frame      []byte // the client frame, im.json.v1, encoded once for all targets: see Encode
 
 	// Owner is told of the ends; nil: nobody is (a gRPC Push uses its own).
 	Owner EndSink
 	// Pending counts what has not ended, of one for each target and session; the Owner's own.
 	Pending int
+
+	encodedAt int64 // of Frame, Unix ms
+	protoOnce sync.Once
+	proto     []byte // the client frame, im.proto.v1, once a session needs it
 }
 
 // EndSink takes the ends of deliveries, a batch at a time and in their order. The batch becomes the

@@ -63,7 +63,7 @@ func BenchmarkAppendDownstreamFrame(b *testing.B) {
 	dst := make([]byte, 0, 1024)
 	b.ReportAllocs()
 	for b.Loop() {
-		dst = AppendDownstreamFrame(dst[:0], d, 1760000000000)
+		dst = JSON.AppendDownstreamFrame(dst[:0], d, 1760000000000)
 	}
 }
 
@@ -72,6 +72,6 @@ func BenchmarkAppendAck(b *testing.B) {
 	dst := make([]byte, 0, 1024)
 	b.ReportAllocs()
 	for b.Loop() {
-		dst = AppendAck(dst[:0], u, "im-upstream-topic", 1760000000000)
+		dst = JSON.AppendAck(dst[:0], u, "im-upstream-topic", 1760000000000)
 	}
 }

@@ -52,7 +52,7 @@ type ClientMessage struct {
 	DeviceID    string // of the session, set by its owner and not by ParseClient; empty: none was named
 }
 
-// ParseClient reads a client frame, which must be valid UTF-8. An error is a *ParseError; even then
+// ParseClient reads a client frame of im.json.v1, which must be valid UTF-8. An error is a *ParseError; even then
 // m.ClientMsgID is set when the name could be read. Where a field occurs twice the last one counts.
 func ParseClient(frame []byte, m *ClientMessage) error {
 	*m = ClientMessage{}
@@ -76,16 +76,16 @@ func ParseClient(frame []byte, m *ClientMessage) error {
 			m.Timestamp, ok = intValue(o.value)
 			badTime = !ok && string(o.value) != "null"
 		case o.is("trace_id"), o.is("traceparent"):
-			m.readTrace(o.value)
+			if s, ok := stringValue(o.value); ok {
+				m.readTrace(s)
+			}
 		}
 	}
-	if !o.endsHere() {
-		return errNotObject
-	}
-	if len(m.Type) == 0 || len(m.Type) > MaxTypeLen || hasControl(m.Type) {
-		return errNoType
-	}
 	switch {
+	case !o.endsHere():
+		return errNotObject
+	case !m.validType():
+		return errNoType
 	case badName:
 		return errBadName
 	case badTime:
@@ -94,12 +94,12 @@ func ParseClient(frame []byte, m *ClientMessage) error {
 	return m.readData()
 }
 
+func (m *ClientMessage) validType() bool {
+	return len(m.Type) > 0 && len(m.Type) <= MaxTypeLen && !hasControl(m.Type)
+}
+
 // readTrace takes a trace id of 32 hex digits, or out of a traceparent (W3C Trace Context, 3.2).
-func (m *ClientMessage) readTrace(value []byte) {
-	s, ok := stringValue(value)
-	if !ok {
-		return
-	}
+func (m *ClientMessage) readTrace(s []byte) {
 	if len(s) == maxTraceText && s[2] == '-' && s[35] == '-' {
 		s = s[3:35]
 	}

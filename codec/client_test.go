@@ -101,11 +101,11 @@ func TestHotPathDoesNotAllocate(t *testing.T) {
 				t.Fatal(err)
 			}
 		},
-		"AppendAck":       func() { out = AppendAck(out[:0], u, "im-upstream-topic", 1) },
-		"AppendAckError":  func() { out = AppendAckError(out[:0], m.ClientMsgID, false, Overloaded, 5, 1) },
-		"AppendError":     func() { out = AppendError(out[:0], InvalidMessage, "text", 1) },
-		"AppendPong":      func() { out = AppendPong(out[:0], 1) },
-		"AppendReconnect": func() { out = AppendReconnect(out[:0], 5, "draining", 1) },
+		"AppendAck":       func() { out = JSON.AppendAck(out[:0], u, "im-upstream-topic", 1) },
+		"AppendAckError":  func() { out = JSON.AppendAckError(out[:0], m.ClientMsgID, false, Overloaded, 5, 1) },
+		"AppendError":     func() { out = JSON.AppendError(out[:0], InvalidMessage, "text", 1) },
+		"AppendPong":      func() { out = JSON.AppendPong(out[:0], 1) },
+		"AppendReconnect": func() { out = JSON.AppendReconnect(out[:0], 5, "draining", 1) },
 	} {
 		if n := testing.AllocsPerRun(100, f); n != 0 {
 			t.Errorf("%s allocates %.0f times", name, n)
@@ -120,13 +120,13 @@ func TestFramesAreJSON(t *testing.T) {
 	u := &Upstream{ClientMsgID: []byte("a\"\n\u2028"), MessageID: []byte("01J"), Temp: true}
 	u.Result.Offset = 7
 	for name, f := range map[string][]byte{
-		"connected":       AppendConnected(nil, "g\"", "s", 30000, 65536, true, 1),
-		"ack":             AppendAck(nil, u, "topic", 1),
-		"ack error":       AppendAckError(nil, u.ClientMsgID, true, Overloaded, 5, 1),
-		"error":           AppendError(nil, InvalidMessage, "bad \xff", 1),
-		"pong":            AppendPong(nil, 1),
-		"reconnect":       AppendReconnect(nil, 5, "draining", 1),
-		"token-refreshed": AppendTokenRefreshed(nil, 5, 1),
+		"connected":       JSON.AppendConnected(nil, "g\"", "s", 30000, 65536, true, 1),
+		"ack":             JSON.AppendAck(nil, u, "topic", 1),
+		"ack error":       JSON.AppendAckError(nil, u.ClientMsgID, true, Overloaded, 5, 1),
+		"error":           JSON.AppendError(nil, InvalidMessage, "bad \xff", 1),
+		"pong":            JSON.AppendPong(nil, 1),
+		"reconnect":       JSON.AppendReconnect(nil, 5, "draining", 1),
+		"token-refreshed": JSON.AppendTokenRefreshed(nil, 5, 1),
 		"user event":      AppendUserEvent(nil, false, "u\x00", "g", "s", "r", 1),
 	} {
 		var v struct {

@@ -202,21 +202,3 @@ func AppendForward(dst []byte, d *Downstream, target string) []byte {
 	}
 	return append(dst, '}')
 }
-
-// AppendDownstreamFrame appends the client frame of a record, the same for all its targets; data
-// stands in it byte for byte.
-func AppendDownstreamFrame(dst []byte, d *Downstream, now int64) []byte {
-	dst = append(dst, `{"type":`...)
-	dst = AppendQuoted(dst, d.Type)
-	dst = append(dst, `,"message_id":`...)
-	dst = AppendQuoted(dst, d.MessageID)
-	dst = append(dst, `,"data":`...)
-	if d.Data == nil {
-		dst = append(dst, `null`...)
-	} else {
-		dst = append(dst, d.Data...)
-	}
-	dst = append(dst, `,"timestamp":`...)
-	dst = strconv.AppendInt(dst, now, 10)
-	return append(dst, '}')
-}

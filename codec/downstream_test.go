@@ -50,7 +50,7 @@ func TestParseDownstream(t *testing.T) {
 			if got != tc.want {
 				t.Errorf("got  %s\nwant %s", got, tc.want)
 			}
-			if f := AppendDownstreamFrame(nil, d, 1); !json.Valid(f) || !strings.Contains(string(f), string(d.Data)) {
+			if f := JSON.AppendDownstreamFrame(nil, d, 1); !json.Valid(f) || !strings.Contains(string(f), string(d.Data)) {
 				t.Errorf("frame %s", f)
 			}
 		})
@@ -74,7 +74,7 @@ func FuzzParseDownstream(f *testing.F) {
 				t.Fatalf("target %q", u)
 			}
 		}
-		if frame := AppendDownstreamFrame(nil, d, 1); !json.Valid(frame) || !utf8.Valid(frame) {
+		if frame := JSON.AppendDownstreamFrame(nil, d, 1); !json.Valid(frame) || !utf8.Valid(frame) {
 			t.Fatalf("frame %q of %q", frame, value)
 		}
 	})

@@ -82,7 +82,7 @@ func checkBuilt(t *testing.T, b *Builder, m *ClientMessage) {
 func checkTraceParent(t *testing.T, s, trace string) {
 	t.Helper()
 	var m ClientMessage
-	m.readTrace(AppendQuoted(nil, s))
+	m.readTrace([]byte(s))
 	if string(m.TraceID) != trace {
 		t.Fatalf("traceparent %q of trace %q", s, trace)
 	}

@@ -249,7 +249,7 @@ var _ Sessions = (*sessions)(nil)
 // Push implements Sessions.
 func (s *sessions) Push(ctx context.Context, d *codec.Downstream) ([]codec.End, error) {
 	if d.Frame == nil {
-		d.Frame = codec.AppendDownstreamFrame(nil, d, time.Now().UnixMilli())
+		d.Encode(time.Now().UnixMilli())
 	}
 	return s.Set.Push(ctx, d)
 }

@@ -113,7 +113,7 @@ func (s *gatewayService) Push(ctx context.Context, r *gatewaypb.PushRequest) (*g
 	if at := r.GetExpireAt(); at != 0 && now.Add(-expirySkew).UnixMilli() > at {
 		return answer, nil
 	}
-	record.Frame = codec.AppendDownstreamFrame(nil, record, now.UnixMilli())
+	record.Encode(now.UnixMilli())
 	ends, err := s.sessions.Push(ctx, record)
 	if err != nil {
 		return nil, callError("push", err)

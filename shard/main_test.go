@@ -312,7 +312,7 @@ func newSink() *sink { return &sink{ends: map[codec.End]int{}} }
 
 func rec(owner codec.EndSink, targets ...string) *codec.Downstream {
 	d := &codec.Downstream{Targets: targets, Type: "new-message", MessageID: "m", Data: []byte(`"x"`), Owner: owner}
-	d.Frame = codec.AppendDownstreamFrame(nil, d, 1)
+	d.Encode(1)
 	return d
 }
 

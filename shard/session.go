@@ -33,10 +33,11 @@ type session struct {
 	inFlight   uint16          // upstream messages without a result
 	closeCode  codec.CloseCode // commanded, while closing
 	state      state
-	presence   bool   // an operation of the session's own is under way
-	superseded bool   // the presence entry belongs to a newer session: not to be released
-	backlogged bool   // it has an entry in backlogs
-	online     bool   // user.online was sent
+	presence   bool // an operation of the session's own is under way
+	superseded bool // the presence entry belongs to a newer session: not to be released
+	backlogged bool // it has an entry in backlogs
+	online     bool // user.online was sent
+	protocol   codec.Protocol
 	slot       uint16 // wheel slot + 1; 0: in none
 
 	next        ref    // the user's next session

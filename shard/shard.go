@@ -299,7 +299,7 @@ func (s *shard) onOpen(id codec.SessionID, o *codec.Open) {
 	}
 	*ses = session{
 		user: o.User, id: id, expiresAt: o.ExpiresAt, connectedAt: o.ConnectedAt,
-		next: noRef, state: claiming, refreshed: s.wheel.now, acks: o.Acks,
+		next: noRef, state: claiming, refreshed: s.wheel.now, acks: o.Acks, protocol: o.Protocol,
 	}
 	if o.DeviceID != "" || o.Device != "" {
 		s.devices[refOf(id)] = device{o.DeviceID, o.Device}
@@ -360,7 +360,7 @@ func (s *shard) goLive(ses *session, degraded bool) {
 	}
 	b := s.box(ses)
 	start := len(b.Arena)
-	b.Arena = codec.AppendConnected(b.Arena, s.opts.GatewayID, ses.id.Name(s.opts.Nonce),
+	b.Arena = ses.protocol.AppendConnected(b.Arena, s.opts.GatewayID, ses.id.Name(s.opts.Nonce),
 		s.opts.Heartbeat.Milliseconds(), s.opts.MaxMessageBytes, degraded, s.now)
 	s.frame(ses, b.Arena[start:], codec.Delivery{})
 	s.release(ses)
@@ -456,7 +456,7 @@ func (s *shard) onRefresh(id codec.SessionID, expiresAt int64) {
 	ses.expiresAt = expiresAt
 	b := s.box(ses)
 	start := len(b.Arena)
-	b.Arena = codec.AppendTokenRefreshed(b.Arena, expiresAt, s.now)
+	b.Arena = ses.protocol.AppendTokenRefreshed(b.Arena, expiresAt, s.now)
 	s.send(ses, b.Arena[start:], codec.Delivery{})
 }
 

@@ -2,7 +2,6 @@ package shard
 
 import (
 	"math"
-	"strconv"
 
 	"im-gateway/codec"
 )
@@ -36,11 +35,7 @@ func (s *shard) awaitAck(ses *session, d codec.Delivery) []byte {
 	}
 	b := s.box(ses)
 	start := len(b.Arena)
-	frame := d.Record.Frame // one JSON object
-	b.Arena = append(b.Arena, frame[:len(frame)-1]...)
-	b.Arena = append(b.Arena, `,"delivery_id":`...)
-	b.Arena = strconv.AppendUint(b.Arena, q.last, 10)
-	b.Arena = append(b.Arena, '}')
+	b.Arena = ses.protocol.AppendDeliveryID(b.Arena, d.Record.FrameFor(ses.protocol), q.last)
 	return b.Arena[start:len(b.Arena):len(b.Arena)]
 }
 

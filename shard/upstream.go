@@ -87,9 +87,9 @@ func (s *shard) refuse(ses *session, u *codec.Upstream, code codec.Code, retryAf
 	b := s.box(ses)
 	start := len(b.Arena)
 	if len(u.ClientMsgID) > 0 {
-		b.Arena = codec.AppendAckError(b.Arena, u.ClientMsgID, u.Temp, code, retryAfterMS, s.now)
+		b.Arena = ses.protocol.AppendAckError(b.Arena, u.ClientMsgID, u.Temp, code, retryAfterMS, s.now)
 	} else {
-		b.Arena = codec.AppendError(b.Arena, code, refusalText(code), s.now)
+		b.Arena = ses.protocol.AppendError(b.Arena, code, refusalText(code), s.now)
 	}
 	s.send(ses, b.Arena[start:len(b.Arena):len(b.Arena)], codec.Delivery{})
 }
@@ -201,7 +201,7 @@ func (s *shard) acknowledge(ses *session, u *codec.Upstream) {
 	}
 	out := s.box(ses)
 	start := len(out.Arena)
-	out.Arena = codec.AppendAck(out.Arena, u, s.opts.Topic, s.now)
+	out.Arena = ses.protocol.AppendAck(out.Arena, u, s.opts.Topic, s.now)
 	s.send(ses, out.Arena[start:len(out.Arena):len(out.Arena)], codec.Delivery{})
 }
 

@@ -53,7 +53,7 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 	hookFrame(&m)
 	switch string(m.Type) {
 	case codec.TypePing:
-		cn.reply(codec.AppendPong(l.scratch[:0], l.now))
+		cn.reply(codec.JSON.AppendPong(l.scratch[:0], l.now))
 	case codec.TypeRefreshToken:
 		cn.refreshToken(m.Token)
 	case codec.TypeDeliveryAck:
@@ -103,10 +103,10 @@ func (cn *conn) refuse(m *codec.ClientMessage, code codec.Code, text string, ret
 	l := cn.l
 	l.s.metrics.refuse(code)
 	if len(m.ClientMsgID) > 0 {
-		cn.reply(codec.AppendAckError(l.scratch[:0], m.ClientMsgID, m.Temp, code, retryMS, l.now))
+		cn.reply(codec.JSON.AppendAckError(l.scratch[:0], m.ClientMsgID, m.Temp, code, retryMS, l.now))
 		return
 	}
-	cn.reply(codec.AppendError(l.scratch[:0], code, text, l.now))
+	cn.reply(codec.JSON.AppendError(l.scratch[:0], code, text, l.now))
 }
 
 // refreshToken checks a new token for the session, off the loop where that is slow.
@@ -117,7 +117,7 @@ func (cn *conn) refreshToken(token []byte) {
 		return
 	}
 	if cn.checking {
-		cn.reply(codec.AppendError(l.scratch[:0], codec.RateLimited, "a token is being checked already", l.now))
+		cn.reply(codec.JSON.AppendError(l.scratch[:0], codec.RateLimited, "a token is being checked already", l.now))
 		return
 	}
 	token = append([]byte(nil), token...)
@@ -136,7 +136,7 @@ func (cn *conn) refreshToken(token []byte) {
 	case l.s.verify <- check:
 		cn.checking = true
 	default:
-		cn.reply(codec.AppendError(l.scratch[:0], codec.Overloaded, "too many tokens are being checked, try again later", l.now))
+		cn.reply(codec.JSON.AppendError(l.scratch[:0], codec.Overloaded, "too many tokens are being checked, try again later", l.now))
 	}
 }
 
@@ -144,11 +144,11 @@ func (cn *conn) refreshed(who Identity, err error) {
 	l := cn.l
 	switch {
 	case err != nil:
-		cn.reply(codec.AppendError(l.scratch[:0], codec.AuthFailed, err.Error(), l.now))
+		cn.reply(codec.JSON.AppendError(l.scratch[:0], codec.AuthFailed, err.Error(), l.now))
 	case who.User != cn.user:
-		cn.reply(codec.AppendError(l.scratch[:0], codec.AuthFailed, "the token is another user's", l.now))
+		cn.reply(codec.JSON.AppendError(l.scratch[:0], codec.AuthFailed, "the token is another user's", l.now))
 	case who.ExpiresAt <= cn.expires:
-		cn.reply(codec.AppendError(l.scratch[:0], codec.AuthFailed, "the token does not expire later than the one before", l.now))
+		cn.reply(codec.JSON.AppendError(l.scratch[:0], codec.AuthFailed, "the token does not expire later than the one before", l.now))
 	default:
 		cn.expires = who.ExpiresAt
 		l.emit(codec.Event{Kind: codec.EventRefresh, Session: cn.id, Value: who.ExpiresAt})

@@ -385,7 +385,7 @@ func (d *driver) newPush(records, fanout int) *push {
 	for i := range p.records {
 		r := &p.records[i]
 		*r = codec.Downstream{Type: "new-message", MessageID: "im-downstream-topic-bench-0-1", Data: d.content, Owner: p}
-		r.Frame = codec.AppendDownstreamFrame(nil, r, time.Now().UnixMilli())
+		r.Encode(time.Now().UnixMilli())
 		r.Targets = make([]string, fanout)
 	}
 	return p
