@@ -1,6 +1,8 @@
 package transport
 
 import (
+	"net"
+
 	"github.com/panjf2000/gnet/v2"
 	"golang.org/x/sys/unix"
 
@@ -11,7 +13,8 @@ import (
 type connState uint8
 
 const (
-	stateHead      connState = iota // reading the head of the first request
+	stateHello     connState = iota // waiting for the PROXY header or the TLS client's hello
+	stateHead                       // reading the head of the first request
 	stateVerifying                  // the token is being checked off the loop
 	stateBridged                    // net/http has it
 	stateOpen                       // frames
@@ -43,6 +46,7 @@ type conn struct {
 	head     int32           // first command of the current egress batch; -1: none
 	last     int32           // its last
 	state    connState
+	protocol codec.Protocol
 	suspect  bool // silent for so long that it is watched until it speaks or its time is over
 	backlog  bool // in the loop's backlog list
 	half     bool // our side is shut down
@@ -54,7 +58,8 @@ type conn struct {
 
 // aside is what only some connections have, and only for a while.
 type aside struct {
-	bridge *bridge // while net/http has it
+	bridge *bridge // while net/http, or a TLS handshake, has it
+	tls    *secure // once it is established
 	linger *linger // while closing
 }
 
@@ -82,6 +87,8 @@ func (cn *conn) drop() {
 // read handles the input that gnet has for the connection.
 func (cn *conn) read() {
 	switch cn.state {
+	case stateHello:
+		cn.startTLS()
 	case stateHead:
 		cn.readHead()
 	case stateVerifying: // what follows the head stays in gnet's buffer
@@ -105,7 +112,7 @@ func (cn *conn) write(b []byte) {
 	}
 	cn.written += uint64(len(b))
 	cn.l.s.metrics.bytesOut.Add(float64(len(b)))
-	if _, err := cn.c.Write(b); err != nil || cn.state == stateClosed {
+	if err := cn.send(b); err != nil || cn.state == stateClosed {
 		return // gnet has closed it and told us
 	}
 	left := cn.c.OutboundBuffered()
@@ -121,8 +128,16 @@ func (cn *conn) write(b []byte) {
 	}
 }
 
+// remote is the address of the client's socket.
+func (cn *conn) remote() net.Addr { return cn.c.RemoteAddr() }
+
 // flushed is how many of the bytes written the kernel has taken.
-func (cn *conn) flushed() uint64 { return cn.written - uint64(cn.c.OutboundBuffered()) }
+func (cn *conn) flushed() uint64 {
+	if t := cn.tls; t != nil {
+		return cn.flushedSecurely(t)
+	}
+	return cn.written - uint64(cn.c.OutboundBuffered())
+}
 
 // waiting is a connection whose peer reads more slowly than it is written to.
 type waiting struct {
@@ -230,9 +245,13 @@ func (cn *conn) respond(response string) {
 	if cn.state == stateClosed || cn.state == stateClosing {
 		return
 	}
-	if cn.bridge != nil {
-		cn.bridge.hangUp()
+	if b := cn.bridge; b != nil {
+		b.hangUp()
 		cn.own().bridge = nil
+		if !b.http { // a TLS handshake: the peer could not read it
+			cn.cut()
+			return
+		}
 	}
 	cn.finishHead()
 	cn.state = stateClosing
@@ -248,6 +267,7 @@ func (cn *conn) startLinger() {
 	cn.own().linger = &linger{until: cn.l.now + lingerMS}
 	cn.l.s.lingering.Add(1)
 	cn.l.lingering = append(cn.l.lingering, cn)
+	cn.endTLS()
 	cn.halfClose()
 	cn.drain()
 }

@@ -66,8 +66,8 @@ type frameHeader struct {
 
 // readFrames handles what gnet has read.
 func (cn *conn) readFrames() {
-	b, err := cn.c.Peek(-1)
-	if err != nil {
+	b, err := cn.peek()
+	if err != nil && len(b) == 0 {
 		return
 	}
 	cn.l.s.metrics.bytesIn.Add(float64(len(b)))
@@ -79,11 +79,9 @@ func (cn *conn) readFrames() {
 	if cn.state != stateOpen {
 		return
 	}
-	if n > 0 { // gnet takes 0 for all
-		if _, err := cn.c.Discard(n); err != nil {
-			cn.l.fail(cn, codec.CloseInternal, reasonInternal)
-			return
-		}
+	if err := cn.discard(n); err != nil {
+		cn.l.fail(cn, codec.CloseInternal, reasonInternal)
+		return
 	}
 	cn.flushReplies()
 }
@@ -92,7 +90,7 @@ func (cn *conn) readFrames() {
 func (cn *conn) readAfterRest(b []byte) {
 	all := append(cn.asm.rest, b...)
 	cn.asm.rest = nil
-	if _, err := cn.c.Discard(-1); err != nil {
+	if err := cn.discard(-1); err != nil {
 		cn.l.fail(cn, codec.CloseInternal, reasonInternal)
 		return
 	}
@@ -185,8 +183,8 @@ func (cn *conn) header(b []byte) (h frameHeader, ok bool) {
 		h.op.IsData() && h.op != ws.OpContinuation && continued:
 		cn.l.fail(cn, codec.CloseProtocol, reasonProtocol)
 		return h, false
-	case h.op == ws.OpBinary && !cn.l.s.opts.Echo:
-		cn.l.fail(cn, codec.CloseUnsupported, reasonBinary)
+	case h.op.IsData() && h.op != ws.OpContinuation && h.op != cn.op() && !cn.l.s.opts.Echo:
+		cn.l.fail(cn, codec.CloseUnsupported, cn.wrongOp())
 		return h, false
 	}
 	h.size = 2

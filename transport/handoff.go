@@ -185,8 +185,8 @@ func (cn *conn) handOver() {
 		cn.respond(badRequestResponse)
 		return
 	}
-	b := &bridge{cn: cn, local: cn.c.LocalAddr(), remote: cn.c.RemoteAddr(), wake: make(chan struct{}, 1),
-		gone: make(chan struct{}), readBy: newBridgeDeadline(), writeBy: newBridgeDeadline()}
+	b := newBridge(cn)
+	b.http = true
 	if int(l.s.bridged.Load()) >= l.s.opts.MaxHTTPConnections {
 		l.s.metrics.handshake.shed.Inc()
 		cn.respond(shedResponse)
@@ -209,12 +209,12 @@ func (cn *conn) handOver() {
 
 // feedBridge passes input on to net/http; on the loop.
 func (cn *conn) feedBridge() {
-	b, err := cn.c.Peek(-1)
-	if err != nil || len(b) == 0 {
+	b, err := cn.peek()
+	if err != nil && len(b) == 0 {
 		return
 	}
 	dropped := cn.bridge.feed(b)
-	if _, err := cn.c.Discard(-1); err != nil || dropped > lingerBytes {
+	if err := cn.discard(-1); err != nil || dropped > lingerBytes {
 		cn.bridge.hangUp()
 		cn.cut()
 	}
@@ -242,8 +242,8 @@ func (cn *conn) takeBack(b *bridge, head, rest []byte) {
 	cn.upgrade(head, &h, 0)
 }
 
-// bridge is the net.Conn by which net/http reads and writes a connection that its loop owns. The
-// loop calls feed, take and hangUp; net/http calls the rest.
+// bridge is the net.Conn by which net/http, or a TLS handshake, reads and writes a connection that its
+// loop owns. The loop calls feed, take and hangUp; its user calls the rest.
 type bridge struct {
 	cn            *conn
 	local, remote net.Addr
@@ -252,11 +252,17 @@ type bridge struct {
 	readBy        *bridgeDeadline
 	writeBy       *bridgeDeadline
 	held          *bridgeWrite // owned by the loop: the Write that waits for a slow reader
+	http          bool         // net/http's; else a TLS handshake's
 
 	mu      sync.Mutex
 	in      []byte
 	dropped int // bytes that came beyond the bound
 	ended   bool
+}
+
+func newBridge(cn *conn) *bridge {
+	return &bridge{cn: cn, local: cn.c.LocalAddr(), remote: cn.remote(), wake: make(chan struct{}, 1),
+		gone: make(chan struct{}), readBy: newBridgeDeadline(), writeBy: newBridgeDeadline()}
 }
 
 // errOverflow is what a reader gets that lets more than bridgeInput wait.
@@ -297,7 +303,9 @@ func (b *bridge) hangUp() {
 	if !b.ended {
 		b.ended = true
 		close(b.gone)
-		b.cn.l.s.bridged.Add(-1)
+		if b.http {
+			b.cn.l.s.bridged.Add(-1)
+		}
 	}
 }
 

@@ -17,10 +17,11 @@ import (
 
 // What is offered and selected as a WebSocket subprotocol.
 const (
-	protocolJSON = "im.json.v1"
-	oursPrefix   = "im."
-	bearerPrefix = "bearer."
-	wsPath       = "/ws"
+	protocolJSON  = "im.json.v1"
+	protocolProto = "im.proto.v1"
+	oursPrefix    = "im."
+	bearerPrefix  = "bearer."
+	wsPath        = "/ws"
 )
 
 var (
@@ -42,7 +43,7 @@ type upgradeHead struct {
 
 	// The subprotocols offered.
 	bearers   int // bearer.*: a token
-	supported int // im.json.v1
+	supported int // im.json.v1, im.proto.v1
 	ours      int // im.*
 	foreign   int
 }
@@ -58,13 +59,13 @@ type wish struct {
 // readHead looks at a connection's first request.
 func (cn *conn) readHead() {
 	l := cn.l
-	b, err := cn.c.Peek(-1)
-	if err != nil {
+	b, err := cn.peek()
+	if err != nil || len(b) == 0 {
 		return
 	}
 	size, strict := headSize(b[:min(len(b), l.s.opts.HeadBytes)])
 	switch {
-	case len(b) > 0 && !isToken(b[:1]): // no HTTP: a TLS client, perhaps
+	case !isToken(b[:1]): // no HTTP: a TLS client, perhaps
 		l.s.metrics.handshake.malformed.Inc()
 		cn.respond(badRequestResponse)
 		return
@@ -249,7 +250,7 @@ func (h *upgradeHead) readProtocols(list []byte) (token []byte) {
 		case bytes.HasPrefix(p, []byte(bearerPrefix)):
 			h.bearers++
 			token = p[len(bearerPrefix):]
-		case string(p) == protocolJSON:
+		case supported(p):
 			h.supported++
 			h.ours++
 		case bytes.HasPrefix(p, []byte(oursPrefix)):
@@ -337,9 +338,9 @@ func (cn *conn) finishUpgrade(head []byte, inBuffer int, w wish, who Identity, e
 		}
 	}
 	l.hs.reset(head)
-	_, upErr := upgrader.Upgrade(&l.hs)
+	agreed, upErr := upgrader.Upgrade(&l.hs)
 	if inBuffer > 0 {
-		if _, derr := cn.c.Discard(inBuffer); derr != nil {
+		if derr := cn.discard(inBuffer); derr != nil {
 			upErr = derr
 		}
 	}
@@ -355,6 +356,9 @@ func (cn *conn) finishUpgrade(head []byte, inBuffer int, w wish, who Identity, e
 	}
 	cn.finishHead()
 	cn.state = stateOpen
+	if agreed.Protocol == protocolProto {
+		cn.protocol = codec.Proto
+	}
 	if err != nil {
 		cn.endOpen(codec.CloseTokenRefused, reasonAuth,
 			appendClose(l.hs.out, codec.CloseTokenRefused, reasonAuth))
@@ -372,14 +376,18 @@ func (cn *conn) finishUpgrade(head []byte, inBuffer int, w wish, who Identity, e
 	if len(rest) > 0 {
 		cn.feedOwned(rest)
 	}
-	if cn.state == stateOpen && cn.c.InboundBuffered() > 0 {
+	if cn.state == stateOpen && cn.unread() {
 		cn.readFrames()
 	}
 }
 
-// upgrader checks the handshake (RFC 6455, section 4.2) and writes the answer. It holds no state of
-// a connection.
-var upgrader = ws.Upgrader{Protocol: func(p []byte) bool { return string(p) == protocolJSON }}
+// upgrader checks the handshake (RFC 6455, section 4.2) and writes the answer: of the subprotocols it
+// selects the first that we speak, in the client's order. It holds no state of a connection.
+var upgrader = ws.Upgrader{Protocol: supported}
+
+func supported(protocol []byte) bool {
+	return string(protocol) == protocolJSON || string(protocol) == protocolProto
+}
 
 // handshakeIO feeds the upgrader exactly the head and takes its answer. One per loop.
 type handshakeIO struct {
@@ -446,11 +454,12 @@ var (
 	tooLargeResponse = response("431 Request Header Fields Too Large", "", string(codec.MessageTooLarge), "the request's head is too large")
 	originResponse   = response("403 Forbidden", "", string(codec.AuthFailed), "pages of this origin may not connect")
 	protocolResponse = response("400 Bad Request", "", string(codec.InvalidMessage),
-		"offer the subprotocol "+protocolJSON+", or none; bearer.<token> goes beside it")
+		"offer the subprotocol "+protocolJSON+" or "+protocolProto+", or none; bearer.<token> goes beside it")
 	methodResponse  = response("405 Method Not Allowed", "Allow: GET\r\n", "METHOD_NOT_ALLOWED", "only GET opens a WebSocket")
 	versionResponse = response("426 Upgrade Required", "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
 		"UPGRADE_REQUIRED", "this is a WebSocket, version 13")
 	protoResponse      = response("505 HTTP Version Not Supported", "", string(codec.InvalidMessage), "a WebSocket needs HTTP/1.1")
+	plainResponse      = response("400 Bad Request", "", string(codec.InvalidMessage), "this port takes TLS only: use https or wss")
 	badRequestResponse = response("400 Bad Request", "", string(codec.InvalidMessage), "the upgrade request is malformed")
 	internalResponse   = response("500 Internal Server Error", "", "INTERNAL", "internal error")
 	expiredResponse    = response("401 Unauthorized", "WWW-Authenticate: Bearer error=\"invalid_token\"\r\n",

@@ -36,6 +36,8 @@ type loop struct {
 	now      int64 // Unix ms, at the start of the current piece of work
 
 	scratch []byte // frames on their way to one connection
+	sealed  []byte // TLS records on their way to one connection
+	opened  []byte // for the decrypted input of one connection
 	replies []byte // the loop's own frames for the connection being read
 	next    []int32
 	touched []*conn
@@ -167,6 +169,9 @@ func (l *loop) guard(cn *conn, f func()) {
 func (l *loop) open(c gnet.Conn, from network) {
 	l.now = time.Now().UnixMilli()
 	cn := &conn{c: c, l: l, state: stateHead, lastRead: l.now, head: -1, aside: noAside, from: from, unfinished: true}
+	if l.s.tls != nil {
+		cn.state = stateHello
+	}
 	c.SetContext(cn)
 	l.heads = append(l.heads, deadline{cn, l.now + l.s.opts.HandshakeTimeout.Milliseconds()})
 	l.unfinished++
@@ -267,7 +272,7 @@ func (l *loop) startSession(cn *conn, who Identity, w wish) {
 		l.devices[cn.id] = dev
 	}
 	l.emit(codec.Event{Kind: codec.EventOpen, Session: cn.id, Open: &codec.Open{
-		User: who.User, ExpiresAt: who.ExpiresAt, ConnectedAt: l.now, Acks: w.acks,
+		User: who.User, ExpiresAt: who.ExpiresAt, ConnectedAt: l.now, Protocol: cn.protocol, Acks: w.acks,
 		DeviceID: dev, Device: cmp.Or(who.Device, w.device),
 	}})
 	l.s.metrics.sessions.Inc()

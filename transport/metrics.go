@@ -11,17 +11,20 @@ import (
 
 // metrics are shared by the loops; their children are resolved once.
 type metrics struct {
-	sessions    prometheus.Gauge
-	bytesIn     prometheus.Counter
-	bytesOut    prometheus.Counter
-	messagesIn  prometheus.Counter
-	messagesOut prometheus.Counter
-	panics      prometheus.Counter
-	handovers   prometheus.Counter
-	stalls      prometheus.Counter
-	refused     map[codec.Code]prometheus.Counter
-	closes      *prometheus.CounterVec
-	handshake   struct {
+	sessions      prometheus.Gauge
+	bytesIn       prometheus.Counter
+	bytesOut      prometheus.Counter
+	messagesIn    prometheus.Counter
+	messagesOut   prometheus.Counter
+	panics        prometheus.Counter
+	handovers     prometheus.Counter
+	stalls        prometheus.Counter
+	refused       map[codec.Code]prometheus.Counter
+	closes        *prometheus.CounterVec
+	tlsHandshakes struct {
+		ok, resumed, failed, shed, plain prometheus.Counter
+	}
+	handshake struct {
 		ok, refused, malformed, tooLarge, timeout, displaced, shed, rate, crowded, origin prometheus.Counter
 	}
 }
@@ -88,6 +91,18 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 	h.rate = handshakes.WithLabelValues("rate_limited")
 	h.crowded = handshakes.WithLabelValues("address_limit")
 	h.origin = handshakes.WithLabelValues("origin_refused")
+	overTLS := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "im_gateway_transport_tls_handshakes_total", Help: "TLS handshakes by result.",
+	}, []string{"result"})
+	register(overTLS)
+	m.tlsHandshakes.ok = overTLS.WithLabelValues("ok")
+	m.tlsHandshakes.resumed = overTLS.WithLabelValues("resumed")
+	m.tlsHandshakes.failed = overTLS.WithLabelValues("failed")
+	m.tlsHandshakes.shed = overTLS.WithLabelValues("shed")
+	m.tlsHandshakes.plain = overTLS.WithLabelValues("not_tls")
+	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "im_gateway_transport_tls_handshakes_in_flight", Help: "TLS handshakes under way; bounded by http.tls.max_handshakes.",
+	}, func() float64 { return float64(s.shaking.Load()) }))
 	return m, failed
 }
 

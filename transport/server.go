@@ -2,6 +2,7 @@ package transport
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -63,6 +64,9 @@ type Options struct {
 	BytesPerSecond       int // of one connection; two seconds' worth must hold the largest message
 
 	AllowedOrigins []string // of browsers; empty or *: all
+	// Certificate gives the certificate of a TLS handshake; nil: the port takes no TLS.
+	Certificate      func(*tls.ClientHelloInfo) (*tls.Certificate, error)
+	MaxTLSHandshakes int // at once; 1024
 	// Echo serves every WebSocket connection as a plain echo, without tokens, shards or API.
 	Echo bool
 
@@ -89,6 +93,7 @@ func (o *Options) validate() error {
 	def(&o.HeartbeatTimeout, 75*time.Second)
 	def(&o.EgressBudget, 1<<20)
 	def(&o.MaxFragments, 1024)
+	def(&o.MaxTLSHandshakes, 1024)
 	def(&o.MaxHTTPConnections, 8192)
 	switch {
 	case o.Addr == "":
@@ -142,6 +147,7 @@ type Server struct {
 	log     zerolog.Logger // sampled
 	origin  originCheck
 	perAddr *addressLimits
+	tls     *tls.Config // nil: none
 	upgrade *rate
 	loops   []*loop
 	addr    net.Addr
@@ -153,6 +159,7 @@ type Server struct {
 	register    sync.Mutex // of a loop at its first connection
 	connections atomic.Int64
 	bridged     atomic.Int64 // of them net/http has
+	shaking     atomic.Int64 // of them in a TLS handshake
 	lingering   atomic.Int64 // of them closed, but for the peer to read why
 	draining    atomic.Bool
 	stopping    atomic.Bool
@@ -186,6 +193,9 @@ func New(opts Options) (*Server, error) {
 	var err error
 	if s.metrics, err = newMetrics(s, opts.Registerer); err != nil {
 		return nil, err
+	}
+	if opts.Certificate != nil {
+		s.tls = tlsConfig(opts.Certificate)
 	}
 	for i := range opts.Loops {
 		s.loops = append(s.loops, newLoop(s, i))
