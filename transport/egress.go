@@ -87,7 +87,7 @@ func (l *loop) serve(cn *conn, cmds []codec.Command, next []int32, head int32) {
 		c := &cmds[i]
 		switch c.Kind {
 		case codec.CommandFrame:
-			out = appendFrame(out, ws.OpText, c.Payload)
+			out = appendFrame(out, cn.op(), c.Payload)
 			c.Position = start + uint64(len(out))
 			frames++
 		case codec.CommandPing:

@@ -14,6 +14,7 @@ const (
 	reasonUTF8      = "text is not valid UTF-8"
 	reasonTooBig    = "message too large"
 	reasonBinary    = "im.json.v1 takes text frames only"
+	reasonText      = "im.proto.v1 takes binary frames only"
 	reasonSlow      = "too much is waiting to be read"
 	reasonSilent    = "heartbeat missed"
 	reasonInternal  = "internal error"
@@ -40,7 +41,7 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 		return
 	}
 	var m codec.ClientMessage
-	if err := codec.ParseClient(payload, &m); err != nil {
+	if err := cn.protocol.ParseClient(payload, &m); err != nil {
 		if refusal, ok := err.(*codec.ParseError); ok { // errors.As would allocate; it is never wrapped
 			cn.refuse(&m, refusal.Code, refusal.Message, 0)
 		}
@@ -53,7 +54,7 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 	hookFrame(&m)
 	switch string(m.Type) {
 	case codec.TypePing:
-		cn.reply(codec.JSON.AppendPong(l.scratch[:0], l.now))
+		cn.reply(cn.protocol.AppendPong(l.scratch[:0], l.now))
 	case codec.TypeRefreshToken:
 		cn.refreshToken(m.Token)
 	case codec.TypeDeliveryAck:
@@ -70,6 +71,22 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 		l.emit(codec.Event{Kind: codec.EventMessage, Session: cn.id,
 			Upstream: l.builder.Build(&m, cn.user, cn.id, l.now)})
 	}
+}
+
+// op is what the messages of the connection's protocol are sent as, both ways.
+func (cn *conn) op() ws.OpCode {
+	if cn.protocol == codec.Proto {
+		return ws.OpBinary
+	}
+	return ws.OpText
+}
+
+// wrongOp is why a message that was sent as the other kind closes the connection.
+func (cn *conn) wrongOp() string {
+	if cn.protocol == codec.Proto {
+		return reasonText
+	}
+	return reasonBinary
 }
 
 // overRate charges a control frame and tells whether it is left unanswered.
@@ -92,7 +109,7 @@ const overloadRetryMS = 500
 func (cn *conn) reply(payload []byte) {
 	l := cn.l
 	l.scratch = payload[:0]
-	l.replies = appendFrame(l.replies, ws.OpText, payload)
+	l.replies = appendFrame(l.replies, cn.op(), payload)
 	if len(l.replies) > maxKeptScratch {
 		cn.flushReplies()
 	}
@@ -103,10 +120,10 @@ func (cn *conn) refuse(m *codec.ClientMessage, code codec.Code, text string, ret
 	l := cn.l
 	l.s.metrics.refuse(code)
 	if len(m.ClientMsgID) > 0 {
-		cn.reply(codec.JSON.AppendAckError(l.scratch[:0], m.ClientMsgID, m.Temp, code, retryMS, l.now))
+		cn.reply(cn.protocol.AppendAckError(l.scratch[:0], m.ClientMsgID, m.Temp, code, retryMS, l.now))
 		return
 	}
-	cn.reply(codec.JSON.AppendError(l.scratch[:0], code, text, l.now))
+	cn.reply(cn.protocol.AppendError(l.scratch[:0], code, text, l.now))
 }
 
 // refreshToken checks a new token for the session, off the loop where that is slow.
@@ -117,7 +134,7 @@ func (cn *conn) refreshToken(token []byte) {
 		return
 	}
 	if cn.checking {
-		cn.reply(codec.JSON.AppendError(l.scratch[:0], codec.RateLimited, "a token is being checked already", l.now))
+		cn.reply(cn.protocol.AppendError(l.scratch[:0], codec.RateLimited, "a token is being checked already", l.now))
 		return
 	}
 	token = append([]byte(nil), token...)
@@ -136,7 +153,7 @@ func (cn *conn) refreshToken(token []byte) {
 	case l.s.verify <- check:
 		cn.checking = true
 	default:
-		cn.reply(codec.JSON.AppendError(l.scratch[:0], codec.Overloaded, "too many tokens are being checked, try again later", l.now))
+		cn.reply(cn.protocol.AppendError(l.scratch[:0], codec.Overloaded, "too many tokens are being checked, try again later", l.now))
 	}
 }
 
@@ -144,11 +161,11 @@ func (cn *conn) refreshed(who Identity, err error) {
 	l := cn.l
 	switch {
 	case err != nil:
-		cn.reply(codec.JSON.AppendError(l.scratch[:0], codec.AuthFailed, err.Error(), l.now))
+		cn.reply(cn.protocol.AppendError(l.scratch[:0], codec.AuthFailed, err.Error(), l.now))
 	case who.User != cn.user:
-		cn.reply(codec.JSON.AppendError(l.scratch[:0], codec.AuthFailed, "the token is another user's", l.now))
+		cn.reply(cn.protocol.AppendError(l.scratch[:0], codec.AuthFailed, "the token is another user's", l.now))
 	case who.ExpiresAt <= cn.expires:
-		cn.reply(codec.JSON.AppendError(l.scratch[:0], codec.AuthFailed, "the token does not expire later than the one before", l.now))
+		cn.reply(cn.protocol.AppendError(l.scratch[:0], codec.AuthFailed, "the token does not expire later than the one before", l.now))
 	default:
 		cn.expires = who.ExpiresAt
 		l.emit(codec.Event{Kind: codec.EventRefresh, Session: cn.id, Value: who.ExpiresAt})
