@@ -302,6 +302,7 @@ func (e *Engine) newServer() (*transport.Server, error) {
 		ExemptNetworks: networks(lim.ExemptNetworks), ConnectionsPerIP: lim.ConnectionsPerIP, ConnectionsPerSubnet: lim.ConnectionsPerSubnet,
 		HandshakesInFlight: lim.HandshakesInFlight, HandshakesPerSecond: lim.HandshakesPerSecond,
 		MessagesPerSecond: lim.MessagesPerSecond, BytesPerSecond: lim.BytesPerSecond,
+		Compression:    transport.Compression{Enabled: w.Compression.Enabled, Threshold: w.Compression.ThresholdBytes, Level: w.Compression.Level},
 		AllowedOrigins: w.AllowedOrigins, Logger: e.log, Registerer: e.metrics,
 	})
 }

@@ -49,18 +49,19 @@ type conn struct {
 	protocol codec.Protocol
 	suspect  bool // silent for so long that it is watched until it speaks or its time is over
 	backlog  bool // in the loop's backlog list
-	half     bool // our side is shut down
-	checking bool // a refreshed token is being checked
+	deflate  bool // compression has been agreed
 
 	unfinished bool // of its first head
-	turnedAway bool // it is told that there is no room
 }
 
 // aside is what only some connections have, and only for a while.
 type aside struct {
 	bridge *bridge // while net/http, or a TLS handshake, has it
 	tls    *secure // once it is established
-	linger *linger // while closing
+
+	checking   bool    // a refreshed token is being checked
+	turnedAway bool    // it is told that there is no room
+	linger     *linger // while closing
 }
 
 // noAside stands for what a connection does not have; it is never written to.
@@ -77,6 +78,7 @@ func (cn *conn) own() *aside {
 type linger struct {
 	until   int64
 	dropped int
+	half    bool // our side is shut down
 }
 
 // drop lets go of what only a live connection needs.
@@ -273,10 +275,10 @@ func (cn *conn) startLinger() {
 }
 
 func (cn *conn) halfClose() {
-	if cn.half || cn.c.OutboundBuffered() > 0 {
+	if cn.linger == nil || cn.linger.half || cn.c.OutboundBuffered() > 0 {
 		return
 	}
-	cn.half = true
+	cn.linger.half = true
 	if err := unix.Shutdown(cn.c.Fd(), unix.SHUT_WR); err != nil {
 		cn.cut() // the peer has gone
 	}

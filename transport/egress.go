@@ -46,6 +46,9 @@ func (l *loop) submit(b *codec.EgressBatch) {
 // to once.
 func (l *loop) run(b *codec.EgressBatch) {
 	cmds := b.Commands
+	if l.deflater != nil {
+		l.deflater.begin()
+	}
 	if cap(l.next) < len(cmds) {
 		l.next = make([]int32, len(cmds)+len(cmds)/2)
 	}
@@ -87,7 +90,7 @@ func (l *loop) serve(cn *conn, cmds []codec.Command, next []int32, head int32) {
 		c := &cmds[i]
 		switch c.Kind {
 		case codec.CommandFrame:
-			out = appendFrame(out, cn.op(), c.Payload)
+			out = cn.appendMessage(out, cn.op(), c.Payload)
 			c.Position = start + uint64(len(out))
 			frames++
 		case codec.CommandPing:

@@ -16,16 +16,17 @@ const maxControl = 125
 // assembly is a message that does not lie whole and unfragmented in the read buffer. What has come
 // is unmasked and kept here, so gnet never buffers more than an unfinished header or control frame.
 type assembly struct {
-	buf       []byte
-	op        ws.OpCode
-	checked   int // bytes of buf known to be UTF-8
-	remaining int // of the frame being read
-	pos       int // in that frame, for the mask
-	mask      [4]byte
-	fin       bool   // the frame being read is the message's last
-	rest      []byte // input that came by way of net/http and is not consumed yet
-	message   bool   // a message has begun
-	frames    int    // of the message, so far
+	buf        []byte
+	op         ws.OpCode
+	checked    int // bytes of buf known to be UTF-8
+	remaining  int // of the frame being read
+	pos        int // in that frame, for the mask
+	mask       [4]byte
+	fin        bool   // the frame being read is the message's last
+	rest       []byte // input that came by way of net/http and is not consumed yet
+	message    bool   // a message has begun
+	compressed bool   // it is compressed
+	frames     int    // of the message, so far
 }
 
 // maxPooledMessage keeps huge buffers out of the pool.
@@ -57,11 +58,12 @@ func (cn *conn) freeAssembly() {
 
 // frameHeader is one frame's header.
 type frameHeader struct {
-	fin    bool
-	op     ws.OpCode
-	mask   [4]byte
-	length int
-	size   int // of the header itself
+	fin        bool
+	op         ws.OpCode
+	compressed bool
+	mask       [4]byte
+	length     int
+	size       int // of the header itself
 }
 
 // readFrames handles what gnet has read.
@@ -153,11 +155,7 @@ func (cn *conn) feed(b []byte) (n int) {
 			payload := rest[:h.length]
 			ws.Cipher(payload, h.mask, 0)
 			n += h.size + h.length
-			if h.op == ws.OpText && !utf8.Valid(payload) {
-				cn.l.fail(cn, codec.CloseInvalidData, reasonUTF8)
-				return n
-			}
-			cn.message(h.op, payload)
+			cn.whole(h.op, payload, h.compressed, false)
 		default:
 			n += h.size
 			cn.begin(h)
@@ -172,11 +170,11 @@ func (cn *conn) header(b []byte) (h frameHeader, ok bool) {
 	if len(b) < 2 {
 		return h, false
 	}
-	h.fin, h.op = b[0]&0x80 != 0, ws.OpCode(b[0]&0x0f)
+	h.fin, h.op, h.compressed = b[0]&0x80 != 0, ws.OpCode(b[0]&0x0f), b[0]&0x70 == rsv1
 	short := int(b[1] & 0x7f)
 	continued := cn.asm != nil && cn.asm.message
 	switch {
-	case b[0]&0x70 != 0, b[1]&0x80 == 0,
+	case b[0]&0x70 != 0 && !(h.compressed && cn.deflate && h.op.IsData() && !continued), b[1]&0x80 == 0,
 		h.op > ws.OpBinary && h.op < ws.OpClose, h.op > ws.OpPong,
 		h.op.IsControl() && (!h.fin || short > maxControl),
 		h.op == ws.OpContinuation && !continued,
@@ -236,7 +234,7 @@ func (cn *conn) header(b []byte) (h frameHeader, ok bool) {
 func (cn *conn) begin(h frameHeader) {
 	a := cn.assemble()
 	if !a.message {
-		a.message, a.op, a.checked, a.frames, a.buf = true, h.op, 0, 0, a.buf[:0]
+		a.message, a.op, a.compressed, a.checked, a.frames, a.buf = true, h.op, h.compressed, 0, 0, a.buf[:0]
 	}
 	if a.frames++; a.frames > cn.l.s.opts.MaxFragments || !h.fin && cn.spend(fragmentCost, 0) == farBeyond {
 		cn.l.s.metrics.refuse(codec.RateLimited)
@@ -259,7 +257,7 @@ func (cn *conn) takePayload(a *assembly, b []byte) int {
 	a.buf = append(a.buf, b[:n]...)
 	a.remaining -= n
 	a.pos += n
-	if a.op == ws.OpText && !a.checkText(false) {
+	if a.op == ws.OpText && !a.compressed && !a.checkText(false) {
 		cn.l.fail(cn, codec.CloseInvalidData, reasonUTF8)
 		return n
 	}
@@ -274,13 +272,35 @@ func (cn *conn) frameDone(a *assembly) {
 	if !a.fin {
 		return
 	}
-	if a.op == ws.OpText && !a.checkText(true) {
-		cn.l.fail(cn, codec.CloseInvalidData, reasonUTF8)
+	a.message = false
+	valid := a.op == ws.OpText && !a.compressed && a.checkText(true)
+	cn.whole(a.op, a.buf, a.compressed, valid)
+	cn.freeAssembly()
+}
+
+// whole handles a whole message, decompressed first where it is compressed. valid tells that the text is
+// known to be UTF-8.
+func (cn *conn) whole(op ws.OpCode, payload []byte, compressed, valid bool) {
+	l := cn.l
+	if compressed {
+		plain, err := l.deflater.inflate(payload, l.s.opts.MaxMessageBytes)
+		switch err {
+		case nil:
+			payload = plain
+		case errInflated:
+			l.s.metrics.refuse(codec.MessageTooLarge)
+			l.fail(cn, codec.CloseTooBig, reasonTooBig)
+			return
+		default:
+			l.fail(cn, codec.CloseInvalidData, reasonDeflate)
+			return
+		}
+	}
+	if op == ws.OpText && !valid && !utf8.Valid(payload) {
+		l.fail(cn, codec.CloseInvalidData, reasonUTF8)
 		return
 	}
-	a.message = false
-	cn.message(a.op, a.buf)
-	cn.freeAssembly()
+	cn.message(op, payload)
 }
 
 // checkText checks what has not been checked; a rune may be cut off at the end unless final.

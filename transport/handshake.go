@@ -54,6 +54,7 @@ type wish struct {
 	acks      bool   // ack=1: the client acknowledges deliveries
 	deviceID  string // unless the token names one
 	device    string
+	deflate   bool // permessage-deflate is offered
 }
 
 // readHead looks at a connection's first request.
@@ -162,6 +163,8 @@ func (h *upgradeHead) read(head []byte) {
 			h.origin = value
 		case equalFold(key, "authorization"):
 			fromHeader = bearerToken(value)
+		case equalFold(key, "sec-websocket-extensions"):
+			h.wish.deflate = h.wish.deflate || acceptsDeflate(value)
 		case equalFold(key, "sec-websocket-protocol"):
 			if t := h.readProtocols(value); t != nil {
 				fromProtocol = t
@@ -275,7 +278,7 @@ func bearerToken(value []byte) []byte {
 func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 	l := cn.l
 	if l.s.opts.Echo {
-		cn.finishUpgrade(head, inBuffer, wish{}, Identity{}, nil)
+		cn.finishUpgrade(head, inBuffer, h.wish, Identity{}, nil)
 		return
 	}
 	switch {
@@ -338,7 +341,11 @@ func (cn *conn) finishUpgrade(head []byte, inBuffer int, w wish, who Identity, e
 		}
 	}
 	l.hs.reset(head)
-	agreed, upErr := upgrader.Upgrade(&l.hs)
+	up := &upgrader
+	if w.deflate && l.deflater != nil {
+		up = &deflatingUpgrader
+	}
+	agreed, upErr := up.Upgrade(&l.hs)
 	if inBuffer > 0 {
 		if derr := cn.discard(inBuffer); derr != nil {
 			upErr = derr
@@ -356,6 +363,7 @@ func (cn *conn) finishUpgrade(head []byte, inBuffer int, w wish, who Identity, e
 	}
 	cn.finishHead()
 	cn.state = stateOpen
+	cn.deflate = w.deflate && l.deflater != nil
 	if agreed.Protocol == protocolProto {
 		cn.protocol = codec.Proto
 	}
@@ -384,6 +392,9 @@ func (cn *conn) finishUpgrade(head []byte, inBuffer int, w wish, who Identity, e
 // upgrader checks the handshake (RFC 6455, section 4.2) and writes the answer: of the subprotocols it
 // selects the first that we speak, in the client's order. It holds no state of a connection.
 var upgrader = ws.Upgrader{Protocol: supported}
+
+// deflatingUpgrader accepts permessage-deflate as well.
+var deflatingUpgrader = ws.Upgrader{Protocol: supported, Header: ws.HandshakeHeaderString(deflateAnswer)}
 
 func supported(protocol []byte) bool {
 	return string(protocol) == protocolJSON || string(protocol) == protocolProto

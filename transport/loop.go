@@ -44,6 +44,7 @@ type loop struct {
 	hs      handshakeIO
 
 	messages messageRate
+	deflater *deflater                  // nil: without compression
 	devices  map[codec.SessionID]string // ids of the devices of sessions that have named theirs
 
 	heads      []deadline // connections that have not finished their head, oldest first, and some that have
@@ -188,7 +189,7 @@ func (l *loop) turnAway(c gnet.Conn, response string) gnet.Action {
 	}
 	l.now = time.Now().UnixMilli()
 	l.turnedAway++
-	cn := &conn{c: c, l: l, state: stateHead, lastRead: l.now, head: -1, aside: noAside, turnedAway: true}
+	cn := &conn{c: c, l: l, state: stateHead, lastRead: l.now, head: -1, aside: &aside{turnedAway: true}}
 	c.SetContext(cn)
 	l.guard(nil, func() { cn.respond(response) })
 	return gnet.None

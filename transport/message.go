@@ -11,6 +11,7 @@ const (
 	reasonPeer      = "closed by client"
 	reasonLost      = "connection lost"
 	reasonProtocol  = "protocol error"
+	reasonDeflate   = "compressed data is not valid"
 	reasonUTF8      = "text is not valid UTF-8"
 	reasonTooBig    = "message too large"
 	reasonBinary    = "im.json.v1 takes text frames only"
@@ -28,7 +29,10 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 	l := cn.l
 	l.s.metrics.messagesIn.Inc()
 	if l.s.opts.Echo {
-		l.replies = appendFrame(l.replies, op, payload)
+		if l.deflater != nil {
+			l.deflater.begin()
+		}
+		l.replies = cn.appendMessage(l.replies, op, payload)
 		if len(l.replies) > maxKeptScratch {
 			cn.flushReplies()
 		}
@@ -142,7 +146,7 @@ func (cn *conn) refreshToken(token []byte) {
 	check := func() {
 		who, err := l.s.identify(token)
 		l.executeFor(cn, func() {
-			cn.checking = false
+			cn.own().checking = false
 			if cn.state == stateOpen && cn.id == id {
 				cn.refreshed(who, err)
 				cn.flushReplies()
@@ -151,7 +155,7 @@ func (cn *conn) refreshToken(token []byte) {
 	}
 	select {
 	case l.s.verify <- check:
-		cn.checking = true
+		cn.own().checking = true
 	default:
 		cn.reply(cn.protocol.AppendError(l.scratch[:0], codec.Overloaded, "too many tokens are being checked, try again later", l.now))
 	}

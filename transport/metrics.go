@@ -16,6 +16,7 @@ type metrics struct {
 	bytesOut      prometheus.Counter
 	messagesIn    prometheus.Counter
 	messagesOut   prometheus.Counter
+	deflated      prometheus.Counter
 	panics        prometheus.Counter
 	handovers     prometheus.Counter
 	stalls        prometheus.Counter
@@ -46,6 +47,7 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 		bytesOut:    counter("sent_bytes_total", "Bytes written to clients, HTTP included."),
 		messagesIn:  counter("messages_received_total", "WebSocket messages received."),
 		messagesOut: counter("frames_sent_total", "Frames written for the shards."),
+		deflated:    counter("compression_saved_bytes_total", "Bytes of messages to clients that compression has saved."),
 		panics:      counter("panics_total", "Panics caught in an event loop."),
 		handovers:   counter("http_handovers_total", "Connections handed to the HTTP server."),
 		stalls:      counter("shard_stalls_total", "How often a shard's queue was found full."),

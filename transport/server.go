@@ -64,6 +64,7 @@ type Options struct {
 	BytesPerSecond       int // of one connection; two seconds' worth must hold the largest message
 
 	AllowedOrigins []string // of browsers; empty or *: all
+	Compression    Compression
 	// Certificate gives the certificate of a TLS handshake; nil: the port takes no TLS.
 	Certificate      func(*tls.ClientHelloInfo) (*tls.Certificate, error)
 	MaxTLSHandshakes int // at once; 1024
@@ -72,6 +73,13 @@ type Options struct {
 
 	Logger     zerolog.Logger
 	Registerer prometheus.Registerer
+}
+
+// Compression is permessage-deflate, for clients that offer it.
+type Compression struct {
+	Enabled   bool
+	Threshold int // bytes; messages to clients that are smaller are not compressed
+	Level     int // 1 to 9
 }
 
 // Bounds that are not configured.
@@ -198,7 +206,13 @@ func New(opts Options) (*Server, error) {
 		s.tls = tlsConfig(opts.Certificate)
 	}
 	for i := range opts.Loops {
-		s.loops = append(s.loops, newLoop(s, i))
+		l := newLoop(s, i)
+		if c := &opts.Compression; c.Enabled {
+			if l.deflater, err = newDeflater(c.Level); err != nil {
+				return nil, fmt.Errorf("transport options: compression: %w", err)
+			}
+		}
+		s.loops = append(s.loops, l)
 	}
 	if !opts.Echo {
 		s.http = newHTTPFront(s)
