@@ -127,8 +127,7 @@ func (b *presenceBridge) serve(ctx context.Context, n int) {
 	}
 }
 
-// round does the claims, then the refreshes, then the releases. Operations of one user may be
-// reordered by that, but every order ends the same: a release names the session that it ends.
+// round does the operations kind by kind.
 func (b *presenceBridge) round(ctx context.Context, ops []shard.PresenceOp) []shard.PresenceResult {
 	ctx, cancel := context.WithTimeout(ctx, presenceTimeout)
 	defer cancel()
@@ -140,25 +139,55 @@ func (b *presenceBridge) round(ctx context.Context, ops []shard.PresenceOp) []sh
 		}
 		return results
 	}
-	for _, kind := range []shard.PresenceKind{shard.Claim, shard.Refresh, shard.Release} {
-		var entries []registry.Entry
-		var at []int
-		for i := range ops {
-			if ops[i].Kind == kind {
-				entries = append(entries, registry.Entry{
-					User: ops[i].User, Session: ops[i].Session.Name(b.nonce),
-					ConnectedAt: ops[i].ConnectedAt, Version: ops[i].Version, Late: ops[i].ConnectedAt < late,
-					DeviceID: ops[i].DeviceID, DeviceKind: ops[i].Device,
-				})
-				at = append(at, i)
-				results[i] = shard.PresenceResult{Kind: kind, Session: ops[i].Session, Version: ops[i].Version}
-			}
+	for _, at := range presenceSteps(ops) {
+		if len(at) == 0 {
+			continue
 		}
-		if len(entries) > 0 {
-			b.do(ctx, kind, entries, at, results)
+		kind := ops[at[0]].Kind
+		entries := make([]registry.Entry, 0, len(at))
+		for _, i := range at {
+			entries = append(entries, registry.Entry{
+				User: ops[i].User, Session: ops[i].Session.Name(b.nonce),
+				ConnectedAt: ops[i].ConnectedAt, Version: ops[i].Version, Late: ops[i].ConnectedAt < late,
+				DeviceID: ops[i].DeviceID, DeviceKind: ops[i].Device,
+			})
+			results[i] = shard.PresenceResult{Kind: kind, Session: ops[i].Session, Version: ops[i].Version}
 		}
+		b.do(ctx, kind, entries, at, results)
 	}
 	return results
+}
+
+// presenceSteps returns the places of the operations that are done together, in the order of the steps:
+// releases, so that a session that has ended takes no place from one that begins, claims, refreshes, and
+// the releases of sessions that were claimed or refreshed in the same round, which must not come back.
+func presenceSteps(ops []shard.PresenceOp) (steps [4][]int) {
+	released := map[codec.SessionID]bool{} // true: claimed or refreshed, too
+	for i := range ops {
+		if ops[i].Kind == shard.Release {
+			released[ops[i].Session] = false
+		}
+	}
+	for i := range ops {
+		if _, ok := released[ops[i].Session]; ok && ops[i].Kind != shard.Release {
+			released[ops[i].Session] = true
+		}
+	}
+	for i := range ops {
+		step := 0
+		switch ops[i].Kind {
+		case shard.Claim:
+			step = 1
+		case shard.Refresh:
+			step = 2
+		case shard.Release:
+			if released[ops[i].Session] {
+				step = 3
+			}
+		}
+		steps[step] = append(steps[step], i)
+	}
+	return steps
 }
 
 func (b *presenceBridge) do(ctx context.Context, kind shard.PresenceKind, entries []registry.Entry,
