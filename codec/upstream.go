@@ -119,5 +119,13 @@ func (u *Upstream) Release() {
 	records.Put(u)
 }
 
+// Shrink gives up all but what an ack needs: the record waits, and is not stored itself.
+func (u *Upstream) Shrink() {
+	n := len(u.ClientMsgID)
+	buf := append(append(make([]byte, 0, n+len(u.MessageID)), u.ClientMsgID...), u.MessageID...)
+	u.buf, u.ClientMsgID, u.MessageID = buf, buf[:n:n], buf[n:]
+	u.Value, u.Type, u.TraceParent = nil, nil, nil
+}
+
 // Size is what the record counts against the cap on bytes in flight.
 func (u *Upstream) Size() int { return len(u.buf) + len(u.User) }

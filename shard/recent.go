@@ -174,6 +174,7 @@ func (s *shard) answerAgain(ses *session, u *codec.Upstream, e *recentEntry) {
 			ses.inFlight++
 		}
 		u.Deadline = s.now + s.opts.AckDeadline.Milliseconds()
+		u.Shrink()
 		u.Same, e.flight.Same = e.flight.Same, u
 		s.flight.add(u)
 		return

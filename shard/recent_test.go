@@ -103,6 +103,9 @@ func TestRetryWaitsForTheFirst(t *testing.T) {
 	u.Reply = reply
 	r.s.onPublish(u)
 	r.want(r.s.up.Records, 0)
+	if u.Value != nil || string(u.ClientMsgID) != "a" {
+		t.Errorf("a retry waits with the value %q and the name %q", u.Value, u.ClientMsgID)
+	}
 	if n := r.s.lookup(sessionID(0, 1)).inFlight; n != 2 {
 		t.Errorf("%d in flight of the session, want 2", n)
 	}
