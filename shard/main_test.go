@@ -51,6 +51,7 @@ func newWorld(t testing.TB, change func(*Options)) *world {
 		Shards: 1, Loops: 1, GatewayID: "g", Nonce: 7, Topic: "up",
 		Heartbeat: 30 * time.Second, RefreshInterval: 30 * time.Second, AckDeadline: 10 * time.Second,
 		EgressBudget: 1 << 20, MaxMessageBytes: 65536, RecentMessages: 1 << 15,
+		UserMessagesPerSecond: 1e9, UserBytesPerSecond: 1 << 40,
 		Egress: w, Publisher: w, Presence: presencePort{w}, Events: w,
 		Replaced:   func(user, gateway, session string) { w.note(&w.replaced, user+" "+gateway+" "+session) },
 		Logger:     zerolog.Nop(),

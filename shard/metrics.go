@@ -15,6 +15,7 @@ import (
 type metrics struct {
 	opened, closed, degraded, expired, slow, panics, orphans, unknown prometheus.Counter
 	retries, recentUser, recentNode                                   prometheus.Counter
+	userRate, userFlood, userSessions, unacked                        prometheus.Counter
 	presenceDropped, presenceSkipped, presenceFull                    prometheus.Counter
 	ingressFull, upstreamFull, heartbeats                             prometheus.Counter
 	deliveries                                                        prometheus.Counter
@@ -95,6 +96,15 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 		m.refused[code] = refused.WithLabelValues(string(code))
 		m.failed[code] = lost.WithLabelValues(string(code))
 	}
+	m.refused[codec.RateLimited] = refused.WithLabelValues(string(codec.RateLimited))
+	limited := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "im_gateway_shard_limited_total",
+		Help: "Times that a limit of one user was met: messages refused (user_rate), sessions closed for going on regardless (user_flood) " +
+			"or for a newer one (user_sessions), messages refused while too many of the session had no answer (unacked_messages).",
+	}, []string{"limit"})
+	register(limited)
+	m.userRate, m.userFlood = limited.WithLabelValues("user_rate"), limited.WithLabelValues("user_flood")
+	m.userSessions, m.unacked = limited.WithLabelValues("user_sessions"), limited.WithLabelValues("unacked_messages")
 	forgotten := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "im_gateway_shard_recent_evicted_total",
 		Help: "Messages that were forgotten, for retries, before their time: the user sent too many after it, or the node is full.",

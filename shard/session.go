@@ -25,7 +25,7 @@ const (
 func refOf(id codec.SessionID) ref { return ref(id.Loop())<<24 | ref(id.Index()) }
 
 // session is one connected session. It is kept small: there may be a million of them. What a message
-// needs stands together, in the first 32 bytes.
+// needs stands together, in the first 40 bytes.
 type session struct {
 	id         codec.SessionID
 	pending    int32           // bytes of frames that the kernel has not taken yet
@@ -38,7 +38,8 @@ type session struct {
 	backlogged bool // it has an entry in backlogs
 	online     bool // user.online was sent
 	protocol   codec.Protocol
-	slot       uint16 // wheel slot + 1; 0: in none
+	slot       uint16  // wheel slot + 1; 0: in none
+	account    account // of the user, in the first of the user's sessions
 
 	next        ref    // the user's next session
 	acks        bool   // the client acknowledges deliveries
@@ -99,8 +100,8 @@ func (s *shard) lookup(id codec.SessionID) *session {
 // touch reads a session before the batch that names it is handled. A batch's touches do not depend on
 // each other, so that the processor waits for many of them at once, not for one after the other.
 func (s *shard) touch(id codec.SessionID) {
-	if s.lookup(id) != nil {
-		s.touched++
+	if ses := s.lookup(id); ses != nil {
+		s.touched += uint32(ses.account) | 1 // the account may lie in the next line of the cache
 	}
 }
 
@@ -114,6 +115,7 @@ func (s *shard) link(ses *session) (others ref) {
 	}
 	ses.next = others
 	s.users[ses.user] = refOf(ses.id)
+	s.openAccount(ses, others)
 	return others
 }
 
@@ -125,6 +127,7 @@ func (s *shard) unlink(ses *session) {
 		return
 	}
 	if first == me {
+		s.keepAccount(ses, ses.next)
 		if ses.next == noRef {
 			delete(s.users, ses.user)
 		} else {

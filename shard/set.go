@@ -53,7 +53,10 @@ type Options struct {
 	AckTimeout         time.Duration // how long a client may take to acknowledge a delivery; 30 s
 	MaxMessageBytes    int           // told to clients
 	MaxSessionInFlight int           // upstream messages without a result, per session; 256
-	RecentMessages     int           // names of accepted messages remembered for retries; 0: none
+
+	UserMessagesPerSecond int // of all sessions of a user, two seconds' worth at once; 0: no limit
+	UserBytesPerSecond    int // of their records; 0: no limit
+	RecentMessages        int // names of accepted messages remembered for retries; 0: none
 
 	Egress    Egress
 	Publisher Publisher
@@ -103,6 +106,8 @@ func (o *Options) validate() error {
 		return fmt.Errorf("close rate: %d, must be positive", o.CloseRate)
 	case o.NodeEgressBudget < 0:
 		return fmt.Errorf("egress budget of the node: %d bytes, must not be negative", o.NodeEgressBudget)
+	case o.UserMessagesPerSecond < 0 || o.UserBytesPerSecond < 0:
+		return fmt.Errorf("rates of a user: %d messages, %d bytes, neither may be negative", o.UserMessagesPerSecond, o.UserBytesPerSecond)
 	case o.RecentMessages < 0:
 		return fmt.Errorf("remembered messages: %d, must not be negative", o.RecentMessages)
 	case o.Egress == nil || o.Publisher == nil || o.Presence == nil || o.Events == nil ||

@@ -55,6 +55,8 @@ type shard struct {
 	up          *codec.UpstreamBatch // admitted, not sent yet
 	flight      flight
 	recent      recent
+	rate        userRate
+	accounts    map[string]account // of users without a session who have not paid for all they sent
 	backlogs    map[ref]*backlog
 	unacked     map[ref]*unacked // of sessions whose client acknowledges deliveries
 	devices     map[ref]device   // of sessions that have named theirs
@@ -98,6 +100,8 @@ func newShard(set *Set, index int, m *metrics) *shard {
 		unacked:        map[ref]*unacked{},
 		devices:        map[ref]device{},
 		recent:         newRecent(o.RecentMessages / o.Shards),
+		rate:           newUserRate(o.UserMessagesPerSecond, o.UserBytesPerSecond),
+		accounts:       map[string]account{},
 	}
 	return s
 }
@@ -345,6 +349,7 @@ func (s *shard) makeRoom(ses *session, older ref) (wasOnline bool) {
 			wasOnline = wasOnline || old.online
 			old.superseded = true
 		}
+		s.metrics.userSessions.Inc()
 		s.close(old, codec.CloseReplaced, replacedReason)
 	}
 	return wasOnline
@@ -465,6 +470,7 @@ func (s *shard) onTick() {
 	s.catchUp()
 	s.drainStep()
 	s.shedDebtors()
+	s.sweepAccounts()
 }
 
 // catchUp does a bounded share of what is due; while more is, it is called again every round.

@@ -47,6 +47,20 @@ func (s *shard) onMessage(u *codec.Upstream) {
 	}
 	ses.in++
 	hookMessage(u)
+	switch rate, retry := s.spend(ses, u); rate {
+	case beyondRate:
+		s.metrics.userRate.Inc()
+		s.refuse(ses, u, codec.RateLimited, retry)
+		u.Release()
+		return
+	case farBeyond:
+		s.metrics.userFlood.Inc()
+		s.metrics.refuse(codec.RateLimited)
+		s.close(ses, codec.ClosePolicy, "too many messages")
+		u.Release()
+		return
+	case withinRate:
+	}
 	again := s.recent.find(u, s.now)
 	if again != nil && again.flight == nil {
 		s.answerAgain(ses, u, again)
@@ -59,6 +73,8 @@ func (s *shard) onMessage(u *codec.Upstream) {
 			return
 		}
 		code, retry = s.admit(u)
+	} else {
+		s.metrics.unacked.Inc()
 	}
 	if code != codec.OK {
 		s.refuse(ses, u, code, retry)
@@ -98,6 +114,8 @@ func refusalText(code codec.Code) string {
 	switch code {
 	case codec.Overloaded:
 		return "too much is under way; the message was not stored, send it again later"
+	case codec.RateLimited:
+		return "too many messages; the message was not stored"
 	case codec.BrokerUnavailable:
 		return "the message store is not available; the message was not stored"
 	case codec.OutcomeUnknown:
@@ -124,7 +142,13 @@ func (s *shard) onPublish(u *codec.Upstream) {
 		s.answerAgain(nil, u, again)
 		return
 	}
-	if code, retry := s.admit(u); code != codec.OK {
+	code, retry := codec.RateLimited, s.spendWithout(u)
+	if retry == 0 {
+		code, retry = s.admit(u)
+	} else {
+		s.metrics.userRate.Inc()
+	}
+	if code != codec.OK {
 		s.metrics.refuse(code)
 		u.Reply <- codec.UpstreamResult{Code: code, RetryAfterMS: retry}
 		u.Release()
