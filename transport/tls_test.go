@@ -11,6 +11,7 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"os"
 	"runtime"
 	"strings"
 	"sync"
@@ -284,4 +285,48 @@ func TestTLSClientsThatVanish(t *testing.T) {
 		_ = c.Close()
 	}
 	eventually(t, func() bool { return s.Connections() == 0 && s.shaking.Load() == 0 })
+}
+
+// TestMemoryPerTLSSession holds what an idle TLS session costs on the heap, and says it. The clients'
+// side is dropped, but for the descriptors.
+func TestMemoryPerTLSSession(t *testing.T) {
+	const n, budget = 1000, 8 << 10
+	s, sink := start(t, withTLS)
+	warm, _ := dialTLS(t, s, clientTLS(), false)
+	warm.upgrade(t, "warm")
+	sink.next(t, codec.EventOpen)
+	var files []*os.File
+	defer func() {
+		for _, f := range files {
+			_ = f.Close()
+		}
+	}()
+	before := heap()
+	for range n {
+		raw, err := net.Dial("tcp", s.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		secure := tls.Client(raw, clientTLS())
+		c := &client{t, secure, bufio.NewReader(secure)}
+		c.upgrade(t, "u")
+		c.send(text(`{"type":"ping"}`))
+		c.read()
+		f, err := raw.(*net.TCPConn).File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, f)
+		_ = raw.Close() // its duplicate lives
+		sink.next(t, codec.EventOpen)
+	}
+	eventually(t, func() bool { return s.shaking.Load() == 0 })
+	if s.Connections() != n+1 {
+		t.Errorf("%d connections", s.Connections())
+	}
+	per := float64(heap()-before) / n
+	t.Logf("%.0f bytes of heap per idle TLS session", per)
+	if per > budget {
+		t.Errorf("%.0f bytes of heap per idle TLS session, want %d at most", per, budget)
+	}
 }

@@ -3,6 +3,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -135,21 +136,35 @@ func echo(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	addr := fs.String("addr", "127.0.0.1:9001", "address to listen on")
 	loops := fs.Int("loops", 0, "event loops; 0: one per core")
 	maxMessage := fs.Int("max-message-bytes", 16<<20, "largest message, all its fragments together")
+	compression := fs.Bool("compression", false, "permessage-deflate for clients that offer it")
+	certFile := fs.String("tls-cert", "", "PEM file with a certificate chain: TLS only")
+	keyFile := fs.String("tls-key", "", "PEM file with its key")
 	if err := parse(fs, args, stderr); err != nil {
 		return err
 	}
 	log := zerolog.New(stderr).Level(zerolog.WarnLevel).With().Timestamp().Logger()
-	srv, err := transport.New(transport.Options{
-		Addr: *addr, Loops: *loops, Echo: true, MaxMessageBytes: *maxMessage,
+	opts := transport.Options{
+		Addr: *addr, Loops: *loops, Echo: true, MaxMessageBytes: *maxMessage, MaxFragments: 1 << 20,
 		EgressBudget: 64 << 20, Logger: log, Registerer: prometheus.NewRegistry(),
-	})
+		Compression: transport.Compression{Enabled: *compression, Level: 1},
+	}
+	scheme := "ws"
+	if *certFile != "" || *keyFile != "" {
+		cert, err := tls.LoadX509KeyPair(*certFile, *keyFile)
+		if err != nil {
+			return usageError{fmt.Errorf("-tls-cert and -tls-key: %w", err)}
+		}
+		opts.Certificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return &cert, nil }
+		scheme = "wss"
+	}
+	srv, err := transport.New(opts)
 	if err != nil {
 		return usageError{err}
 	}
 	if err := srv.Start(ctx); err != nil {
 		return err
 	}
-	fmt.Fprintf(stdout, "echo server on ws://%s/ws\n", srv.Addr())
+	fmt.Fprintf(stdout, "echo server on %s://%s/ws\n", scheme, srv.Addr())
 	select {
 	case <-ctx.Done():
 	case <-srv.Done():
