@@ -33,7 +33,9 @@ type row struct {
 	moved []string
 	// refusals: users' messages may be refused and sent again, which is reported and no error.
 	refusals bool
-	// during is the coordinator's part of the abuse; nil: none.
+	// arm and during are the coordinator's part of the abuse: before the attackers begin, until disarmed
+	// at its end; and once each has got as far as it is meant to. nil: none.
+	arm    func(r *running) (disarm func() error, err error)
 	during func(ctx context.Context, r *running) error
 }
 
@@ -103,14 +105,14 @@ func until(ctx context.Context, ok func() bool) bool {
 func runRow(ctx context.Context, w *world.World, o *row, short bool) (out outcome, err error) {
 	began := time.Now()
 	r := &running{w: w, g: w.Gateways[0], row: o, spec: o.spec, users: 1000}
-	baseline, rest := 8*time.Second, 4*time.Second
+	warmup, baseline, rest := time.Second, 8*time.Second, 4*time.Second
 	hold := o.hold
 	if short {
 		r.users, r.spec.N = 200, o.short
 		if o.short == 0 { // asked for by name
 			r.spec.N = o.spec.N / 10
 		}
-		baseline, rest, hold = 2*time.Second, time.Second, min(hold, 5*time.Second)
+		warmup, baseline, rest, hold = 500*time.Millisecond, 1500*time.Millisecond, time.Second, min(hold, 4*time.Second)
 		r.spec.Total = min(r.spec.Total, 2000)
 	}
 	out = outcome{Name: o.name, What: o.what, Limit: o.limit, Set: o.with(short), Users: r.users, Attackers: r.spec.N}
@@ -149,7 +151,7 @@ func runRow(ctx context.Context, w *world.World, o *row, short bool) (out outcom
 	if err := good.started(); err != nil {
 		return out, err
 	}
-	sleep(ctx, time.Second)
+	sleep(ctx, warmup)
 	if _, err = good.window(askWindow); err != nil { // the start is not measured
 		return out, err
 	}
@@ -171,6 +173,12 @@ func runRow(ctx context.Context, w *world.World, o *row, short bool) (out outcom
 	}
 	sampler.Mark()
 
+	disarm := func() error { return nil }
+	if o.arm != nil {
+		if disarm, err = o.arm(r); err != nil {
+			return out, err
+		}
+	}
 	bad, err := startChild(roleAttackers, r.spec)
 	if err != nil {
 		return out, err
@@ -184,6 +192,9 @@ func runRow(ctx context.Context, w *world.World, o *row, short bool) (out outcom
 	r.abuse(ctx, hold, finished)
 	if out.With, err = good.window(askWindow); err != nil {
 		return out, err
+	}
+	if err := disarm(); err != nil {
+		return out, fmt.Errorf("disarm: %w", err)
 	}
 	_ = bad.in.Close()
 	if err := <-finished; err != nil {

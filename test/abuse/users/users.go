@@ -354,8 +354,9 @@ func (g *Group) Closed(c *fleet.Conn, code int, err error, _ time.Time) {
 	if code == 0 {
 		why = "connection lost"
 		if err != nil {
-			why, _, _ = strings.Cut(err.Error(), "{")
-			why = strings.TrimSpace(strings.TrimPrefix(why, "handshake: "))
+			why, _, _ = strings.Cut(err.Error(), "\n") // joined errors: the first says it
+			why, _, _ = strings.Cut(why, "{")          // an answer: without its body
+			why = strings.TrimSpace(strings.TrimPrefix(why, "handshake: HTTP/1.1 "))
 		}
 	}
 	if c.User >= len(g.users) {
