@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -233,12 +234,15 @@ func (e *Engine) startShards(context.Context) error {
 	if err := e.metrics.Register(e.presence); err != nil {
 		return fmt.Errorf("register the presence queue's metrics: %w", err)
 	}
-	w := &e.cfg.WebSocket
+	w, lim := &e.cfg.WebSocket, &e.cfg.Limits
 	e.shards, err = shard.New(shard.Options{
 		Shards: e.cfg.Shard.Count, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,
 		Topic: e.cfg.Kafka.UpstreamTopic, Heartbeat: w.Heartbeat, RefreshInterval: e.cfg.Redis.RefreshInterval,
 		AckDeadline: e.cfg.Kafka.AckDeadline, EgressBudget: w.EgressBudgetBytes, MaxMessageBytes: w.MaxMessageBytes,
 		NodeEgressBudget: w.NodeEgressBudgetBytes, AckTimeout: w.DeliveryTimeout, DeliveryTimeout: w.DeliveryTimeout, RecentMessages: w.RememberedMessages,
+		UserMessagesPerSecond: lim.UserMessagesPerSecond, UserBytesPerSecond: lim.UserBytesPerSecond,
+		MaxSessionInFlight: cmp.Or(lim.UnackedMessages, shard.MaxSessionInFlight),
+
 		CloseRate:   e.cfg.Drain.CloseRate,
 		MaxSessions: sessionPolicy(e.cfg.Sessions.Policy), ReplaceKind: e.cfg.Sessions.OnePerKind,
 		Egress: egress, Publisher: e.producer, Presence: e.presence, Events: e.producer,
@@ -293,6 +297,14 @@ func (e *Engine) newServer() (*transport.Server, error) {
 		return nil, err
 	}
 	w, lim := &e.cfg.WebSocket, &e.cfg.Limits
+	var certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
+	if t := &e.cfg.HTTP.TLS; t.CertFile != "" {
+		c, err := newCerts(t.CertFile, t.KeyFile, e.log)
+		if err != nil {
+			return nil, fmt.Errorf("http.tls: %w", err)
+		}
+		certificate = c.Certificate
+	}
 	return transport.New(transport.Options{
 		Addr: e.cfg.HTTP.Addr, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,
 		Sink: e.shards, Verifier: e.verifier, API: api,
@@ -303,6 +315,7 @@ func (e *Engine) newServer() (*transport.Server, error) {
 		HandshakesInFlight: lim.HandshakesInFlight, HandshakesPerSecond: lim.HandshakesPerSecond,
 		MessagesPerSecond: lim.MessagesPerSecond, BytesPerSecond: lim.BytesPerSecond,
 		Compression:    transport.Compression{Enabled: w.Compression.Enabled, Threshold: w.Compression.ThresholdBytes, Level: w.Compression.Level},
+		Certificate:    certificate, MaxTLSHandshakes: e.cfg.HTTP.TLS.MaxHandshakes,
 		AllowedOrigins: w.AllowedOrigins, Logger: e.log, Registerer: e.metrics,
 	})
 }
