@@ -59,6 +59,8 @@ type TakeoverOptions struct {
 	Registerer prometheus.Registerer
 }
 
+var errNoTopic = errors.New("the topic does not exist")
+
 // sighting is since when a topic has been seen without an owner.
 type sighting struct {
 	revision int64
@@ -197,7 +199,12 @@ func (t *Takeover) adopt(ctx context.Context, orphan registry.Orphan) {
 
 // read reads the topic that owner has taken over, and returns how that ended.
 func (t *Takeover) read(ctx context.Context, owner *registry.Owner, orphan registry.Orphan) (event string, err error) {
+	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	var parts sync.WaitGroup
+	end := func() { cancel(); parts.Wait() }
+	defer end()
 	release := func() error {
+		end() // first, or what is given up would be put back
 		releaseCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), adoptionStop)
 		defer cancel()
 		return owner.Release(releaseCtx)
@@ -209,15 +216,24 @@ func (t *Takeover) read(ctx context.Context, owner *registry.Owner, orphan regis
 	case !exists && orphan.Random:
 		return "removed", owner.Remove(ctx)
 	case !exists:
-		return "failed", errors.Join(errors.New("the topic does not exist"), release())
+		return "failed", errors.Join(errNoTopic, release())
 	}
 
-	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	defer cancel()
-	consumer := t.o.Consumer.Adopt(orphan.GatewayID, func(ctx context.Context) error { return checkOwner(ctx, owner) })
-	var parts sync.WaitGroup
-	defer parts.Wait()
-	defer cancel()
+	gone := make(chan struct{}, 1)
+	consumer := t.o.Consumer.Adopt(orphan.GatewayID, func(ctx context.Context) error {
+		if err := checkOwner(ctx, owner); err != nil {
+			return err
+		}
+		exists, err := t.o.Admin.HasTopic(ctx, orphan.GatewayID)
+		if err != nil || exists {
+			return err
+		}
+		select {
+		case gone <- struct{}{}:
+		default:
+		}
+		return errNoTopic
+	})
 	ended := make(chan error, 2)
 	parts.Go(func() { ended <- consumer.Run(work) })
 	parts.Go(func() {
@@ -240,6 +256,13 @@ func (t *Takeover) read(ctx context.Context, owner *registry.Owner, orphan regis
 				return "returned", nil
 			}
 			return "failed", errors.Join(err, stopErr, release())
+		case <-gone: // somebody has deleted it
+			err := stop()
+			if !orphan.Random {
+				return "failed", errors.Join(errNoTopic, err, release())
+			}
+			end()
+			return "removed", errors.Join(err, owner.Remove(ctx))
 		case <-ctx.Done():
 			return "handed_over", errors.Join(stop(), release())
 		case <-look.C:
@@ -257,6 +280,7 @@ func (t *Takeover) read(ctx context.Context, owner *registry.Owner, orphan regis
 			if err := t.o.Admin.RemoveTopic(ctx, orphan.GatewayID); err != nil {
 				return "failed", errors.Join(err, release())
 			}
+			end()
 			return "removed", owner.Remove(ctx)
 		}
 	}

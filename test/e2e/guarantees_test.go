@@ -309,6 +309,26 @@ func TestTopicOfARandomIDIsRemoved(t *testing.T) {
 	live.settled()
 }
 
+// TestAdoptedTopicIsDeleted: a dead gateway's topic that somebody deletes keeps nobody waiting.
+func TestAdoptedTopicIsDeleted(t *testing.T) {
+	long := settings{"takeover.after": "2s", "takeover.quiet": "10m", "takeover.max_topics": "500"}
+	first := start(t, "", long)
+	id := first.realID()
+	if code := first.stop(); code != 0 {
+		t.Fatalf("exit code %d", code)
+	}
+	produce(t, &gateway{id: id}, "bob", `{"target_user_id":"nobody-there","message_id":"kept-`+id+`","data":1}`)
+	start(t, user("gw"), long)
+	find(t, "im-undelivered-topic", contains("kept-"+id))
+	if _, err := kadm.NewClient(env.kafka).DeleteTopics(deadline(t), "im-downstream-topic-"+id); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the entry in etcd is removed", func() bool {
+		resp, err := env.keys.Get(deadline(t), "im-gateway-topics/"+id)
+		return err == nil && len(resp.Kvs) == 0
+	})
+}
+
 // realID is the id that a gateway without a configured one has made up.
 func (g *gateway) realID() string {
 	g.t.Helper()
