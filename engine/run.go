@@ -3,6 +3,7 @@ package engine
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -314,8 +315,8 @@ func (e *Engine) newServer() (*transport.Server, error) {
 		ExemptNetworks: networks(lim.ExemptNetworks), ConnectionsPerIP: lim.ConnectionsPerIP, ConnectionsPerSubnet: lim.ConnectionsPerSubnet,
 		HandshakesInFlight: lim.HandshakesInFlight, HandshakesPerSecond: lim.HandshakesPerSecond,
 		MessagesPerSecond: lim.MessagesPerSecond, BytesPerSecond: lim.BytesPerSecond,
-		Compression:    transport.Compression{Enabled: w.Compression.Enabled, Threshold: w.Compression.ThresholdBytes, Level: w.Compression.Level},
-		Certificate:    certificate, MaxTLSHandshakes: e.cfg.HTTP.TLS.MaxHandshakes,
+		Compression: transport.Compression{Enabled: w.Compression.Enabled, Threshold: w.Compression.ThresholdBytes, Level: w.Compression.Level},
+		Certificate: certificate, MaxTLSHandshakes: e.cfg.HTTP.TLS.MaxHandshakes,
 		AllowedOrigins: w.AllowedOrigins, Logger: e.log, Registerer: e.metrics,
 	})
 }
