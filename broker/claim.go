@@ -14,7 +14,10 @@ import (
 
 const (
 	// takeMax is how many records are dispatched together at most.
-	takeMax       = 256
+	takeMax = 256
+	// unitsMax is how many deliveries may be open for another record to be read: one record alone has up
+	// to codec.MaxTargets, each with a place in memory of its own.
+	unitsMax      = 1 << 17
 	gaugeInterval = time.Second
 	// A side record that could not be stored is tried again after sideBackoffMin, doubled with each
 	// failure up to sideBackoffMax.
@@ -122,7 +125,7 @@ func (k *claim) run() error {
 			k.c.idle.Add(1)
 		}
 		var messages <-chan *sarama.ConsumerMessage
-		if !draining && !k.window.full() {
+		if !draining && !k.full() {
 			messages = k.in.Messages()
 		}
 		var side chan<- *sideRecord
@@ -164,7 +167,7 @@ func (k *claim) run() error {
 			k.failed = k.failed[:0]
 		case <-tick.C:
 			k.gauge()
-			if k.window.full() {
+			if k.full() {
 				if err := k.giveUp(ctx); err != nil {
 					return k.undispatched(ctx, err)
 				}
@@ -211,7 +214,7 @@ func (k *claim) take(ctx context.Context, m *sarama.ConsumerMessage) error {
 	now := time.Now().UnixMilli()
 	for n := 1; ; n++ {
 		k.read(m, now)
-		if n == takeMax || k.window.full() {
+		if n == takeMax || k.full() {
 			break
 		}
 		var ok bool
@@ -225,6 +228,9 @@ func (k *claim) take(ctx context.Context, m *sarama.ConsumerMessage) error {
 	}
 	return k.send(ctx, false)
 }
+
+// full reports whether nothing more may be read.
+func (k *claim) full() bool { return k.window.full() || k.units >= unitsMax }
 
 func (k *claim) read(m *sarama.ConsumerMessage, now int64) {
 	k.c.metrics.records.Inc()

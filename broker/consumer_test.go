@@ -33,6 +33,9 @@ func (d *desk) dispatch(_ context.Context, shard int, b *codec.DeliveryBatch) er
 	if d.err != nil {
 		return d.err
 	}
+	if b.GiveUp {
+		return nil // it holds on to what it has
+	}
 	var ends []codec.Ended
 	for _, v := range b.Deliveries {
 		target := v.Record.Targets[v.Target]
@@ -83,6 +86,19 @@ func (d *desk) end(t testing.TB, id string, end codec.End) {
 		}
 	}
 	t.Fatalf("%s is not held", id)
+}
+
+// endAll ends all that is held.
+func (d *desk) endAll(end codec.End) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var ends []codec.Ended
+	for _, v := range d.held {
+		ends = append(ends, codec.Ended{Delivery: v, End: end})
+	}
+	if d.held = nil; len(ends) > 0 {
+		ends[0].Record.Owner.Ends(ends)
+	}
 }
 
 type running struct {

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/twmb/franz-go/pkg/kfake"
@@ -253,4 +254,31 @@ func TestFullWindowGivesUpWhatIsOpen(t *testing.T) {
 	if err := <-ended; err != nil {
 		t.Error(err)
 	}
+}
+
+// TestManyTargetsStopReading: what a claim holds is bounded by its deliveries, too.
+func TestManyTargetsStopReading(t *testing.T) {
+	d := &desk{}
+	brokers, c := startRouting(t, d, nil)
+	users := make([]string, codec.MaxTargets)
+	for i := range users {
+		users[i] = fmt.Sprintf(`"u%d"`, i)
+	}
+	record := `{"data":1,"target_user_ids":[` + strings.Join(users, ",") + `]}`
+	const records = 2 * unitsMax / codec.MaxTargets
+	var kvs []string
+	for range records {
+		kvs = append(kvs, "", record)
+	}
+	write(t, brokers, downTopic, kvs...)
+	waitFor(t, "reading stops", func() bool { return testutil.ToFloat64(c.metrics.openUnits) >= unitsMax })
+	time.Sleep(2 * gaugeInterval)
+	if n := testutil.ToFloat64(c.metrics.openUnits); n >= unitsMax+codec.MaxTargets {
+		t.Errorf("%v deliveries are open, the bound is %d", n, unitsMax)
+	}
+	waitFor(t, "the rest", func() bool {
+		d.endAll(codec.EndDelivered)
+		return d.count() == records*codec.MaxTargets
+	})
+	balanced(t, c, map[codec.End]int{codec.EndDelivered: records * codec.MaxTargets})
 }
