@@ -54,6 +54,8 @@ type HTTP struct {
 	// are believed when they name another address as the client's (PROXY protocol, X-Forwarded-For,
 	// Forwarded).
 	TrustedProxies []string `koanf:"trusted_proxies" check:"network"`
+	// The header by which they do so in HTTP. They must set it or add to it; the other one is not read.
+	ForwardedHeader string `koanf:"forwarded_header" oneof:"X-Forwarded-For|Forwarded"`
 	// Connections from http.trusted_proxies begin with a PROXY protocol header, version 2; one without
 	// is refused.
 	ProxyProtocol bool      `koanf:"proxy_protocol"`
@@ -140,6 +142,14 @@ type Limits struct {
 	MessagesPerSecond int `koanf:"messages_per_second" range:"0..10000000"`
 	// The same limit in bytes.
 	BytesPerSecond int `koanf:"bytes_per_second" unit:"bytes" range:"0..1GiB"`
+	// Messages per second of all sessions of one user on this node, and over HTTP, two seconds' worth at
+	// once. Further ones are refused with RATE_LIMITED (HTTP: 429); a session that goes on regardless is
+	// closed with 1008.
+	UserMessagesPerSecond int `koanf:"user_messages_per_second" range:"0..10000000"`
+	// The same limit in bytes of the upstream records.
+	UserBytesPerSecond int `koanf:"user_bytes_per_second" unit:"bytes" range:"0..1GiB"`
+	// Messages of one session that have no answer yet; further ones are refused with OVERLOADED.
+	UnackedMessages int `koanf:"unacked_messages" range:"0..65535"`
 }
 
 // SessionRules is how many sessions a user may have.

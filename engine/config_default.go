@@ -1,6 +1,10 @@
 package engine
 
-import "time"
+import (
+	"time"
+
+	"im-gateway/transport"
+)
 
 // The defaults that are more than an empty value.
 const (
@@ -26,6 +30,10 @@ const (
 	DefaultHandshakesPerSecond  = 20000
 	DefaultMessagesPerSecond    = 1000
 	DefaultBytesPerSecond       = 4 << 20
+
+	DefaultUserMessagesPerSecond = 2000
+	DefaultUserBytesPerSecond    = 8 << 20
+	DefaultUnackedMessages       = 256
 
 	DefaultAlgorithm = "HS256"
 	DefaultLeeway    = 30 * time.Second
@@ -84,7 +92,7 @@ const (
 // Validate as it is: a key to check tokens with has no default.
 func Default() Config {
 	return Config{
-		HTTP: HTTP{Addr: DefaultHTTPAddr, MaxRequests: DefaultMaxRequests, MaxConnections: DefaultMaxHTTPConnections, TLS: ServerTLS{MaxHandshakes: DefaultMaxTLSHandshakes}},
+		HTTP: HTTP{Addr: DefaultHTTPAddr, MaxRequests: DefaultMaxRequests, MaxConnections: DefaultMaxHTTPConnections, ForwardedHeader: transport.ForwardedForHeader, TLS: ServerTLS{MaxHandshakes: DefaultMaxTLSHandshakes}},
 		WebSocket: WebSocket{
 			MaxMessageBytes:       DefaultMaxMessageBytes,
 			MaxFragments:          DefaultMaxFragments,
@@ -106,6 +114,10 @@ func Default() Config {
 			HandshakesPerSecond:  DefaultHandshakesPerSecond,
 			MessagesPerSecond:    DefaultMessagesPerSecond,
 			BytesPerSecond:       DefaultBytesPerSecond,
+
+			UserMessagesPerSecond: DefaultUserMessagesPerSecond,
+			UserBytesPerSecond:    DefaultUserBytesPerSecond,
+			UnackedMessages:       DefaultUnackedMessages,
 		},
 		Auth: Auth{Algorithm: DefaultAlgorithm, Leeway: DefaultLeeway},
 		Kafka: Kafka{

@@ -25,7 +25,7 @@ func limitedUser(t *testing.T, messages, bytes int) *limited {
 	l.quiet = newQuiet(t, func() time.Time { return l.now })
 	l.s.rate = newUserRate(messages, bytes)
 	l.s.opts.MaxSessions = 4
-	l.s.opts.MaxSessionInFlight = maxSessionInFlight
+	l.s.opts.MaxSessionInFlight = MaxSessionInFlight
 	return l
 }
 

@@ -28,7 +28,7 @@ const (
 const (
 	maxInterval        = time.Hour
 	maxEgressBudget    = 1 << 30
-	maxSessionInFlight = 1<<16 - 1
+	MaxSessionInFlight = 1<<16 - 1 // the most that Options.MaxSessionInFlight can be
 	maxUserSessions    = 64
 )
 
@@ -96,8 +96,8 @@ func (o *Options) validate() error {
 			o.Heartbeat, o.RefreshInterval, o.ClaimTimeout, o.DeliveryTimeout, maxInterval)
 	case o.EgressBudget < 1 || o.EgressBudget > maxEgressBudget:
 		return fmt.Errorf("egress budget: %d bytes, must be 1 to %d", o.EgressBudget, maxEgressBudget)
-	case o.MaxSessionInFlight < 1 || o.MaxSessionInFlight > maxSessionInFlight:
-		return fmt.Errorf("messages in flight per session: %d, must be 1 to %d", o.MaxSessionInFlight, maxSessionInFlight)
+	case o.MaxSessionInFlight < 1 || o.MaxSessionInFlight > MaxSessionInFlight:
+		return fmt.Errorf("messages in flight per session: %d, must be 1 to %d", o.MaxSessionInFlight, MaxSessionInFlight)
 	case o.AckTimeout < tickLength || o.AckTimeout > maxInterval:
 		return fmt.Errorf("ack timeout: %s, must be %s to %s", o.AckTimeout, tickLength, maxInterval)
 	case o.MaxSessions < 1 || o.MaxSessions > maxUserSessions:
