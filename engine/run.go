@@ -317,6 +317,7 @@ func (e *Engine) newServer() (*transport.Server, error) {
 		MessagesPerSecond: lim.MessagesPerSecond, BytesPerSecond: lim.BytesPerSecond,
 		Compression: transport.Compression{Enabled: w.Compression.Enabled, Threshold: w.Compression.ThresholdBytes, Level: w.Compression.Level},
 		Certificate: certificate, MaxTLSHandshakes: e.cfg.HTTP.TLS.MaxHandshakes,
+		TrustedProxies: networks(e.cfg.HTTP.TrustedProxies), ForwardedHeader: e.cfg.HTTP.ForwardedHeader, ProxyProtocol: e.cfg.HTTP.ProxyProtocol,
 		AllowedOrigins: w.AllowedOrigins, Logger: e.log, Registerer: e.metrics,
 	})
 }

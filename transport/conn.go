@@ -1,7 +1,9 @@
 package transport
 
 import (
+	"errors"
 	"net"
+	"net/netip"
 
 	"github.com/panjf2000/gnet/v2"
 	"golang.org/x/sys/unix"
@@ -13,7 +15,8 @@ import (
 type connState uint8
 
 const (
-	stateHello     connState = iota // waiting for the PROXY header or the TLS client's hello
+	stateProxy     connState = iota // waiting for the PROXY header
+	stateHello                      // waiting for the TLS client's hello
 	stateHead                       // reading the head of the first request
 	stateVerifying                  // the token is being checked off the loop
 	stateBridged                    // net/http has it
@@ -59,9 +62,10 @@ type aside struct {
 	bridge *bridge // while net/http, or a TLS handshake, has it
 	tls    *secure // once it is established
 
-	checking   bool    // a refreshed token is being checked
-	turnedAway bool    // it is told that there is no room
-	linger     *linger // while closing
+	client     netip.AddrPort // as the PROXY header says
+	checking   bool           // a refreshed token is being checked
+	turnedAway bool           // it is told that there is no room
+	linger     *linger        // while closing
 }
 
 // noAside stands for what a connection does not have; it is never written to.
@@ -89,6 +93,8 @@ func (cn *conn) drop() {
 // read handles the input that gnet has for the connection.
 func (cn *conn) read() {
 	switch cn.state {
+	case stateProxy:
+		cn.readProxy()
 	case stateHello:
 		cn.startTLS()
 	case stateHead:
@@ -130,8 +136,58 @@ func (cn *conn) write(b []byte) {
 	}
 }
 
-// remote is the address of the client's socket.
-func (cn *conn) remote() net.Addr { return cn.c.RemoteAddr() }
+// remote is the client's address: the socket's, or what a PROXY header has said.
+func (cn *conn) remote() net.Addr {
+	if cn.client.IsValid() {
+		return net.TCPAddrFromAddrPort(cn.client)
+	}
+	return cn.c.RemoteAddr()
+}
+
+// readProxy reads the header that a trusted proxy sends before all else.
+func (cn *conn) readProxy() {
+	l := cn.l
+	b, err := cn.c.Peek(-1)
+	if err != nil || len(b) == 0 {
+		return
+	}
+	client, n, err := parseProxyV2(b)
+	switch {
+	case errors.Is(err, errProxyIncomplete):
+		return
+	case err != nil:
+		l.s.metrics.handshake.malformed.Inc()
+		l.s.log.Debug().Err(err).Stringer("remote", cn.c.RemoteAddr()).Msg("connection of a trusted proxy refused")
+		cn.cut()
+		return
+	}
+	if _, err := cn.c.Discard(n); err != nil {
+		cn.cut()
+		return
+	}
+	cn.state = l.s.first()
+	if client.IsValid() {
+		cn.own().client = client
+		if !cn.count(client.Addr()) {
+			l.s.metrics.handshake.crowded.Inc()
+			if cn.state == stateHello { // there is nothing that a TLS client could read
+				cn.cut()
+				return
+			}
+			cn.respond(crowdedResponse)
+			return
+		}
+	}
+	if cn.unread() {
+		cn.read()
+	}
+}
+
+// count counts the connection for its client's address; false: there are too many.
+func (cn *conn) count(a netip.Addr) (ok bool) {
+	cn.from, ok = cn.l.s.perAddr.take(a)
+	return ok
+}
 
 // flushed is how many of the bytes written the kernel has taken.
 func (cn *conn) flushed() uint64 {

@@ -40,7 +40,10 @@ type httpFront struct {
 func newHTTPFront(s *Server) *httpFront {
 	f := &httpFront{s: s, accepts: make(chan net.Conn, acceptQueue), closed: make(chan struct{})}
 	f.server = &http.Server{
-		Handler:           f,
+		Handler: f,
+		BaseContext: func(net.Listener) context.Context {
+			return context.WithValue(context.Background(), forwardingKey{}, &s.forwarding)
+		},
 		ReadHeaderTimeout: s.opts.HandshakeTimeout,
 		ReadTimeout:       httpRead,
 		WriteTimeout:      httpWrite,

@@ -298,6 +298,10 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 		l.s.metrics.handshake.origin.Inc()
 		cn.respond(originResponse)
 		return
+	case !cn.countForwarded(head):
+		l.s.metrics.handshake.crowded.Inc()
+		cn.respond(crowdedResponse)
+		return
 	case !h.selectable():
 		l.s.metrics.handshake.malformed.Inc()
 		cn.respond(protocolResponse)
@@ -326,6 +330,20 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 		l.s.metrics.handshake.shed.Inc()
 		cn.respond(shedResponse)
 	}
+}
+
+// countForwarded counts a connection of a trusted proxy for the client that the head names; false: there
+// are too many.
+func (cn *conn) countForwarded(head []byte) bool {
+	s := cn.l.s
+	if cn.from != 0 || len(s.forwarding.trusted) == 0 {
+		return true
+	}
+	peer := addrOf(cn.remote())
+	if client := s.forwarding.fromHead(peer, head); client != peer {
+		return cn.count(client)
+	}
+	return true
 }
 
 // finishUpgrade answers the upgrade once the token's fate is known, and goes on with the frames that

@@ -167,12 +167,9 @@ func (l *loop) guard(cn *conn, f func()) {
 }
 
 // open takes a new connection in.
-func (l *loop) open(c gnet.Conn, from network) {
+func (l *loop) open(c gnet.Conn, first connState, from network) {
 	l.now = time.Now().UnixMilli()
-	cn := &conn{c: c, l: l, state: stateHead, lastRead: l.now, head: -1, aside: noAside, from: from, unfinished: true}
-	if l.s.tls != nil {
-		cn.state = stateHello
-	}
+	cn := &conn{c: c, l: l, state: first, lastRead: l.now, head: -1, aside: noAside, from: from, unfinished: true}
 	c.SetContext(cn)
 	l.heads = append(l.heads, deadline{cn, l.now + l.s.opts.HandshakeTimeout.Milliseconds()})
 	l.unfinished++

@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -65,6 +66,11 @@ type Options struct {
 
 	AllowedOrigins []string // of browsers; empty or *: all
 	Compression    Compression
+
+	TrustedProxies  TrustedNetworks // believed when they name another address as the client's
+	ForwardedHeader string          // by which they do: ForwardedForHeader, the default, or ForwardedHeader
+	ProxyProtocol   bool            // they begin each connection with a PROXY header, version 2
+
 	// Certificate gives the certificate of a TLS handshake; nil: the port takes no TLS.
 	Certificate      func(*tls.ClientHelloInfo) (*tls.Certificate, error)
 	MaxTLSHandshakes int // at once; 1024
@@ -156,13 +162,15 @@ type Server struct {
 	origin  originCheck
 	perAddr *addressLimits
 	tls     *tls.Config // nil: none
-	upgrade *rate
-	loops   []*loop
-	addr    net.Addr
-	addrErr error
-	engine  gnet.Engine
-	http    *httpFront
-	verify  chan func() // slow token checks; nil when the verifier is fast
+
+	forwarding forwarding
+	upgrade    *rate
+	loops      []*loop
+	addr       net.Addr
+	addrErr    error
+	engine     gnet.Engine
+	http       *httpFront
+	verify     chan func() // slow token checks; nil when the verifier is fast
 
 	register    sync.Mutex // of a loop at its first connection
 	connections atomic.Int64
@@ -188,10 +196,11 @@ func New(opts Options) (*Server, error) {
 		return nil, fmt.Errorf("transport options: %w", err)
 	}
 	s := &Server{
-		opts:    opts,
-		origin:  newOriginCheck(opts.AllowedOrigins),
-		perAddr: newAddressLimits(&opts),
-		upgrade: newRate(opts.HandshakesPerSecond),
+		opts:       opts,
+		origin:     newOriginCheck(opts.AllowedOrigins),
+		perAddr:    newAddressLimits(&opts),
+		forwarding: forwarding{trusted: opts.TrustedProxies, header: cmp.Or(opts.ForwardedHeader, ForwardedForHeader)},
+		upgrade:    newRate(opts.HandshakesPerSecond),
 		log: opts.Logger.Sample(&zerolog.BurstSampler{
 			Burst: 20, Period: time.Second, NextSampler: &zerolog.BasicSampler{N: 1000},
 		}),
@@ -510,13 +519,30 @@ func (s *Server) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 		s.metrics.handshake.shed.Inc()
 		return nil, l.turnAway(c, shedResponse)
 	}
-	from, ok := s.perAddr.take(addrOf(c.RemoteAddr()))
+	peer := addrOf(c.RemoteAddr())
+	if s.forwarding.trusted.Contains(peer) { // its clients are counted, once they are named
+		first := s.first()
+		if s.opts.ProxyProtocol {
+			first = stateProxy
+		}
+		l.open(c, first, 0)
+		return nil, gnet.None
+	}
+	from, ok := s.perAddr.take(peer)
 	if !ok {
 		s.metrics.handshake.crowded.Inc()
 		return nil, l.turnAway(c, crowdedResponse)
 	}
-	l.open(c, from)
+	l.open(c, s.first(), from)
 	return nil, gnet.None
+}
+
+// first is what a connection begins with.
+func (s *Server) first() connState {
+	if s.tls != nil {
+		return stateHello
+	}
+	return stateHead
 }
 
 // OnTraffic implements gnet.EventHandler; on the connection's loop.

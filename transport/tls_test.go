@@ -58,7 +58,7 @@ func dialTLS(t testing.TB, s *Server, c *tls.Config, chop bool) (*client, *tls.C
 	t.Helper()
 	raw := dial(t, s).Conn
 	if chop {
-		raw = chopped{raw}
+		raw = byByte{raw}
 	}
 	secure := tls.Client(raw, c)
 	if err := secure.Handshake(); err != nil {
@@ -67,9 +67,9 @@ func dialTLS(t testing.TB, s *Server, c *tls.Config, chop bool) (*client, *tls.C
 	return &client{t, secure, bufio.NewReader(secure)}, secure
 }
 
-type chopped struct{ net.Conn }
+type byByte struct{ net.Conn }
 
-func (c chopped) Write(p []byte) (int, error) {
+func (c byByte) Write(p []byte) (int, error) {
 	for i := range p {
 		if _, err := c.Conn.Write(p[i : i+1]); err != nil {
 			return i, err
