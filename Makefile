@@ -3,7 +3,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 TIMEOUT ?= 900s
 
 .DEFAULT_GOAL := help
-.PHONY: help build bench chaos run test test-fast test-unit test-e2e test-real test-chaos lint generate clean
+.PHONY: help build abuse bench chaos run test test-fast test-unit test-e2e test-real test-chaos test-abuse lint generate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -15,14 +15,14 @@ run: ## the whole system in one process, with a demo page
 	@$(GO) build -trimpath -o bin/ ./cmd/im-dev
 	@exec bin/im-dev
 
-test: lint test-unit test-e2e test-real test-chaos ## everything: lint, unit tests with -race, end to end on embedded and on real servers, faults
+test: lint test-unit test-e2e test-real test-chaos test-abuse ## everything: lint, unit tests with -race, end to end on embedded and on real servers, faults, abuse
 
 test-fast: ## unit tests and end to end on embedded servers; needs only Go
 	$(GO) test ./bench/... ./broker/... ./cmd/... ./codec ./engine/... ./registry/... ./shard/... ./transport/...
 	$(GO) test -count=1 -timeout $(TIMEOUT) -skip TestPageInChromium ./test/e2e -backend=embedded
 
 test-unit:
-	$(GO) test -race -timeout $(TIMEOUT) ./bench/... ./broker/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./transport/... ./client/... ./test/chaos/judge ./test/chaos/traffic
+	$(GO) test -race -timeout $(TIMEOUT) ./bench/... ./broker/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./transport/... ./client/... ./test/chaos/judge ./test/chaos/traffic ./test/abuse/...
 	cd bench/peers && $(GO) test -timeout $(TIMEOUT) -run 'TestEcho|TestCentrifuge|TestRawWrite' .
 
 test-e2e:
@@ -38,6 +38,12 @@ test-chaos:
 
 chaos: ## break every part under traffic and judge what became of each message; needs kafka, etcd, redis and root, takes about 20 minutes
 	$(GO) run ./test/chaos -out docs/faults $(CHAOS_ARGS)
+
+test-abuse:
+	$(GO) run ./test/abuse -short
+
+abuse: ## abuse a gateway beside well-behaved users and write what each abuse met; needs kafka, etcd, redis and root, takes about 10 minutes
+	$(GO) run ./test/abuse -out docs/abuse $(ABUSE_ARGS)
 
 bench: build ## measure this gateway and its peers side by side; needs kafka, etcd, redis and strace, takes about an hour
 	cd bench/peers && $(GO) build -trimpath -o ../../bin/peers/ ./...

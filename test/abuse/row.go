@@ -29,6 +29,8 @@ type row struct {
 	// expect are the outcomes that attackers must see, each at least once; allow are those that they may
 	// see besides. Any other fails the row. A trailing * stands for anything.
 	expect, allow []string
+	// most is how many attackers may be in at the end; 0: any number.
+	most int
 	// moved are the gateway's counters that must have risen.
 	moved []string
 	// refusals: users' messages may be refused and sent again, which is reported and no error.
@@ -121,6 +123,7 @@ func runRow(ctx context.Context, w *world.World, o *row, short bool) (out outcom
 	id := time.Now().Unix() % 1_000_000
 	uo := users.Options{
 		URL: "ws://" + r.g.Addr + "/ws", Users: r.users, Every: 3 * time.Second,
+		AckWithin: 20 * time.Second, PushWithin: 40 * time.Second, // above kafka.ack_deadline and websocket.delivery_timeout
 		Broker: w.Kafka.Brokers()[0], Topic: world.DownstreamPrefix + r.g.ID,
 	}
 	if short {
@@ -315,6 +318,7 @@ func (r *running) judge(out *outcome, before, after map[string]float64) {
 		r.check(slices.ContainsFunc(append(slices.Clone(r.row.expect), r.row.allow...), func(may string) bool { return matches(may, got) }),
 			"%d attempts came to %q", n, got)
 	}
+	r.check(r.row.most == 0 || out.Attack.Outcomes[open] <= r.row.most, "%d attackers are in, %d may be", out.Attack.Outcomes[open], r.row.most)
 	r.check(r.row.refusals || len(out.With.SentAgain) == 0, "users had to send again: %v", out.With.SentAgain)
 	r.check(out.Before.Acks > 0 && out.With.Acks > 0 && out.After.Acks > 0, "acks before, in and after it: %d, %d, %d",
 		out.Before.Acks, out.With.Acks, out.After.Acks)

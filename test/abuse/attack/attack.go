@@ -68,7 +68,6 @@ const dials = 64
 
 type run struct {
 	spec     Spec
-	target   string
 	begin    time.Time
 	attempts atomic.Int64
 	ready    sync.WaitGroup // attackers whose first attempt has not got far
@@ -338,3 +337,6 @@ func frame(op ws.OpCode, fin bool, payload []byte) []byte {
 }
 
 func text(s string) []byte { return frame(ws.OpText, true, []byte(s)) }
+
+// Known tells whether there is an abuse of that kind.
+func Known(kind string) bool { return kinds[kind] != nil }

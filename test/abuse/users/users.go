@@ -27,9 +27,11 @@ type Options struct {
 	Names  []string // as Tokens
 	Users  int
 	// Every is the time between two messages of a user, and between two records for one.
-	Every  time.Duration
-	Broker string
-	Topic  string // the gateway's downstream topic
+	Every time.Duration
+	// A message without a result after AckWithin, or a record that has not arrived after PushWithin, is lost.
+	AckWithin, PushWithin time.Duration
+	Broker                string
+	Topic                 string // the gateway's downstream topic
 }
 
 // Window is what was seen between two calls of Window.
@@ -45,8 +47,6 @@ type Window struct {
 }
 
 const (
-	ackTimeout    = 20 * time.Second // above the gateway's own deadline
-	pushTimeout   = 40 * time.Second // above delivery_timeout
 	newcomerEvery = 250 * time.Millisecond
 	highest       = int64(time.Minute)
 )
@@ -176,7 +176,7 @@ func (g *Group) newcomer() (n int) {
 // nothing is outstanding or has been so for too long, which is an error in the window.
 func (g *Group) Window(settle bool) (w Window) {
 	g.fleet.DoWait(func() { g.quiet = settle })
-	for deadline := time.Now().Add(pushTimeout + time.Second); settle && time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(max(g.o.PushWithin, g.o.AckWithin) + time.Second); settle && time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
 		n := 0
 		g.fleet.DoWait(func() { n = g.outstanding() })
 		if n == 0 {
@@ -227,7 +227,7 @@ func (g *Group) turn(now time.Time) {
 			continue
 		}
 		switch {
-		case !u.first.IsZero() && now.Sub(u.first) > ackTimeout:
+		case !u.first.IsZero() && now.Sub(u.first) > g.o.AckWithin:
 			g.now.Errors["lost ack"]++
 			u.first, u.again = time.Time{}, time.Time{}
 		case !u.again.IsZero() && now.After(u.again):
@@ -245,7 +245,7 @@ func (g *Group) turn(now time.Time) {
 		}
 	}
 	for id, p := range g.pushes {
-		if now.Sub(p.at) > pushTimeout {
+		if now.Sub(p.at) > g.o.PushWithin {
 			g.now.Errors["lost push"]++
 			delete(g.pushes, id)
 		}
