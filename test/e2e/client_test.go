@@ -18,6 +18,10 @@ import (
 	"github.com/lestrrat-go/jwx/v2/jwt"
 	"github.com/redis/rueidis"
 	"github.com/twmb/franz-go/pkg/kgo"
+	"google.golang.org/protobuf/proto"
+
+	"im-gateway/codec"
+	"im-gateway/codec/clientpb"
 )
 
 var names atomic.Int64
@@ -41,9 +45,11 @@ func token(t testing.TB, name string, ttl time.Duration) string {
 
 // frame is what a gateway sends.
 type frame struct {
-	Type      string          `json:"type"`
-	MessageID string          `json:"message_id"`
-	Data      json.RawMessage `json:"data"`
+	Type       string          `json:"type"`
+	MessageID  string          `json:"message_id"`
+	Data       json.RawMessage `json:"data"`
+	Timestamp  int64           `json:"timestamp"`
+	DeliveryID uint64          `json:"delivery_id"`
 }
 
 // ack is the data of a message-ack, and of an error.
@@ -109,12 +115,33 @@ func dial(t testing.TB, g *gateway, name, path string, header http.Header, proto
 func (c *client) next() (f frame, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	_, b, err := c.Read(ctx)
-	if err == nil {
-		err = json.Unmarshal(b, &f)
+	kind, b, err := c.Read(ctx)
+	if err != nil {
+		return f, err
 	}
-	return f, err
+	if kind != c.kind() {
+		return f, fmt.Errorf("a %v message on a connection of protocol %q", kind, c.Subprotocol())
+	}
+	if kind == websocket.MessageText {
+		return f, json.Unmarshal(b, &f)
+	}
+	var p clientpb.ServerFrame
+	err = proto.Unmarshal(b, &p)
+	return frame{p.Type, p.MessageId, p.Data, p.Timestamp, p.DeliveryId}, err
 }
+
+// kind is what the connection's protocol sends messages as.
+func (c *client) kind() websocket.MessageType {
+	if c.Subprotocol() == protoProtocol {
+		return websocket.MessageBinary
+	}
+	return websocket.MessageText
+}
+
+const (
+	jsonProtocol  = "im.json.v1"
+	protoProtocol = "im.proto.v1"
+)
 
 // wait reads frames until one of the type.
 func (c *client) wait(kind string) frame {
@@ -142,17 +169,42 @@ func (c *client) closed() websocket.StatusCode {
 
 func (c *client) send(kind, id string, data any) {
 	c.t.Helper()
-	m := map[string]any{"type": kind, "data": data, "timestamp": time.Now().UnixMilli()}
-	if id != "" {
-		m["message_id"] = id
-	}
-	b, err := json.Marshal(m)
+	b, err := json.Marshal(data)
 	if err != nil {
 		c.t.Fatal(err)
 	}
+	c.sendRaw(kind, id, string(b))
+}
+
+// sendRaw sends a message whose data need not be JSON; empty ones are left out.
+func (c *client) sendRaw(kind, id, data string) {
+	c.t.Helper()
+	now := time.Now().UnixMilli()
+	var b []byte
+	if c.kind() == websocket.MessageBinary {
+		var err error
+		b, err = proto.Marshal(&clientpb.ClientFrame{Type: kind, MessageId: id, Data: []byte(data), Timestamp: now})
+		if err != nil {
+			c.t.Fatal(err)
+		}
+	} else {
+		b = fmt.Appendf(nil, `{"type":%q,"timestamp":%d`, kind, now)
+		if id != "" {
+			b = fmt.Appendf(b, `,"message_id":%s`, codec.AppendQuoted(nil, id))
+		}
+		if data != "" {
+			b = append(append(b, `,"data":`...), data...)
+		}
+		b = append(b, '}')
+	}
+	c.write(c.kind(), b)
+}
+
+func (c *client) write(kind websocket.MessageType, b []byte) {
+	c.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	if err := c.Write(ctx, websocket.MessageText, b); err != nil {
+	if err := c.Write(ctx, kind, b); err != nil {
 		c.t.Fatal(err)
 	}
 }

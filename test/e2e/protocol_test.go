@@ -1,0 +1,180 @@
+package e2e
+
+import (
+	"fmt"
+	"net/http"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/coder/websocket"
+
+	"im-gateway/codec/gatewaypb"
+)
+
+// speaking opens a session in one of the protocols.
+func speaking(t *testing.T, g *gateway, name, protocol, query string) *client {
+	t.Helper()
+	c, err := dial(t, g, name, "/ws"+query, nil, protocol, "bearer."+token(t, name, time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Subprotocol() != protocol {
+		t.Fatalf("the gateway selects %q, offered was %s", c.Subprotocol(), protocol)
+	}
+	return c
+}
+
+// said is a frame without what differs from one session to the next.
+func said(f frame) string {
+	text := fmt.Sprintf("%s %s %s", f.Type, f.MessageID, f.Data)
+	if f.DeliveryID > 0 {
+		text += fmt.Sprint(" #", f.DeliveryID)
+	}
+	if f.Timestamp == 0 {
+		text += " without a time"
+	}
+	return changing.ReplaceAllString(text, "$1*")
+}
+
+var changing = regexp.MustCompile(`("(?:messageId|partition|offset|expires_at)":)("[^"]*"|\d+)`)
+
+// TestProtocolsAreEquivalent: one table for both protocols, through a real socket and the whole gateway.
+func TestProtocolsAreEquivalent(t *testing.T) {
+	g := start(t, user("gw"), nil)
+	for _, protocol := range []string{jsonProtocol, protoProtocol} {
+		t.Run(protocol, func(t *testing.T) {
+			name := user("alice")
+			c := speaking(t, g, name, protocol, "?ack=1")
+			push := func(kind, data string) func() {
+				return func() {
+					produce(t, g, name, fmt.Sprintf(`{"target_user_id":%q,"type":%q,"message_id":"m-%s","data":%s}`, name, kind, kind, data))
+				}
+			}
+			send := func(kind, id, data string) func() { return func() { c.sendRaw(kind, id, data) } }
+			const invalid = `"status":"error","code":"INVALID_MESSAGE"}`
+			for _, tc := range []struct {
+				name string
+				do   func()
+				want string // of the frame that answers; a trailing ... stands for the rest
+			}{
+				{"ping", send("ping", "", ""), `pong  {}`},
+				{"message", send("post", "c-1", `{"content": "héllo"}`),
+					`message-ack  {"client_msg_id":"c-1","status":"success","messageId":*,"topic":"im-upstream-topic","partition":*,"offset":*}`},
+				{"the same again", send("post", "c-1", `{"content": "héllo"}`),
+					`message-ack  {"client_msg_id":"c-1","status":"success","messageId":*,"topic":"im-upstream-topic","partition":*,"offset":*}`},
+				{"name of the page's own", send("m", "", `{"tempMessageId":"t-1"}`),
+					`message-ack  {"client_msg_id":"t-1","tempMessageId":"t-1","status":"success","messageId":*,...`},
+				{"no data", send("m", "c-2", ""), `message-ack  {"client_msg_id":"c-2",` + invalid},
+				{"no data, no name", send("m", "", ""), `error  {"code":"INVALID_MESSAGE","message":"data is missing"}`},
+				{"no type", send("", "c-3", "1"), `message-ack  {"client_msg_id":"c-3",` + invalid},
+				{"a name too long", send("m", strings.Repeat("n", 129), "1"), `error  {"code":"INVALID_MESSAGE","message":"message_id must be...`},
+				{"data that is no JSON", send("m", "", `{]}`), `error  {"code":"INVALID_MESSAGE",...`},
+				{"data too deep", send("m", "", strings.Repeat("[", 64)+strings.Repeat("]", 64)), `error  {"code":"INVALID_MESSAGE",...`},
+				{"a forged token", send("refresh-token", "", `{"token":"a.b.c"}`), `error  {"code":"AUTH_FAILED",...`},
+				{"a new token", send("refresh-token", "", `{"token":"`+token(t, name, 2*time.Hour)+`"}`), `token-refreshed  {"expires_at":*}`},
+				{"a record", push("news", `[1, 2]`), `news m-news [1, 2] #1`},
+				{"a large record", push("large", `"`+strings.Repeat("x", 100_000)+`"`), `large m-large "` + strings.Repeat("x", 100_000) + `" #2`},
+				{"a delivery-ack without a number", send("delivery-ack", "", `{}`), `error  {"code":"INVALID_MESSAGE",...`},
+			} {
+				tc.do()
+				f, err := c.next()
+				if err != nil {
+					t.Fatalf("%s: %v", tc.name, err)
+				}
+				got := said(f)
+				if want, open := strings.CutSuffix(tc.want, "..."); got != want && !(open && strings.HasPrefix(got, want)) {
+					t.Errorf("%s:\ngot  %.300s\nwant %.300s", tc.name, got, tc.want)
+				}
+			}
+			before := g.metric(`im_gateway_shard_ends_total{end="delivered"}`)
+			c.sendRaw("delivery-ack", "", `{"delivery_id":2}`)
+			eventually(t, "both deliveries are settled", func() bool {
+				var was, is int
+				_, _ = fmt.Sscan(before, &was)
+				_, _ = fmt.Sscan(g.metric(`im_gateway_shard_ends_total{end="delivered"}`), &is)
+				return is == was+2
+			})
+			value := find(t, "im-upstream-topic", contains(`"client_msg_id":"c-1"`))
+			for string(value.Key) != name {
+				value = find(t, "im-upstream-topic", contains(name))
+			}
+			if !strings.Contains(string(value.Value), `"type":"post","client_msg_id":"c-1","data":{"content": "héllo"},`) {
+				t.Errorf("record %s", value.Value)
+			}
+			kick, err := g.service().Kick(deadline(t), &gatewaypb.KickRequest{UserId: name, Reason: "spam"})
+			if err != nil || kick.Closed != 1 {
+				t.Fatalf("kicked %v: %v", kick, err)
+			}
+			if code := c.closed(); code != 4501 {
+				t.Errorf("kicked: closed with %d", code)
+			}
+
+			// The other kind of message ends the connection; one that is no frame at all does not.
+			c = speaking(t, g, name, protocol, "")
+			c.write(c.kind(), []byte{0xff})
+			code := websocket.StatusCode(1007) // text must be UTF-8
+			if protocol == protoProtocol {
+				if f, err := c.next(); err != nil || f.Type != "error" {
+					t.Errorf("%+v, %v", f, err)
+				}
+				c.write(websocket.MessageText, []byte(`{"type":"ping"}`))
+				code = websocket.StatusUnsupportedData
+			}
+			if got := c.closed(); got != code {
+				t.Errorf("closed with %d, want %d", got, code)
+			}
+		})
+	}
+	c := speaking(t, g, user("bob"), jsonProtocol, "")
+	c.write(websocket.MessageBinary, []byte("x"))
+	if code := c.closed(); code != websocket.StatusUnsupportedData {
+		t.Errorf("binary on %s: closed with %d", jsonProtocol, code)
+	}
+	// Without an offer it is JSON; of an offer the first that is known.
+	c, err := dial(t, g, user("carol"), "/ws?token="+token(t, "carol", time.Hour), nil)
+	if err != nil || c.Subprotocol() != "" {
+		t.Fatalf("%v", err)
+	}
+	if c, err = dial(t, g, user("carol"), "/ws", http.Header{"Authorization": {"Bearer " + token(t, "carol", time.Hour)}},
+		"im.cbor.v1", protoProtocol, jsonProtocol); err != nil || c.Subprotocol() != protoProtocol {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestFanOutToBothProtocols: one user, a session in each; one record reaches both, and a drain tells both.
+func TestFanOutToBothProtocols(t *testing.T) {
+	g := start(t, user("gw"), settings{"sessions.policy": "allow:4"})
+	name := user("alice")
+	var list []*client
+	for _, p := range []string{jsonProtocol, protoProtocol, protoProtocol} {
+		list = append(list, speaking(t, g, name, p, ""))
+	}
+	acked := speaking(t, g, name, protoProtocol, "?ack=1")
+	produce(t, g, name, fmt.Sprintf(`{"target_user_id":%q,"message_id":"m-1","data":{"a": [1, "é"]}}`, name))
+	for i, c := range append(list, acked) {
+		want := `new-message m-1 {"a": [1, "é"]}`
+		if c == acked {
+			want += " #1"
+		}
+		if got := said(c.wait("new-message")); got != want {
+			t.Errorf("session %d got %s, want %s", i, got, want)
+		}
+	}
+	if err := g.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	for i, c := range append(list, acked) {
+		if f := c.wait("reconnect"); !strings.Contains(string(f.Data), `"retry_after_ms":`) {
+			t.Errorf("session %d got %s", i, said(f))
+		}
+		if code := c.closed(); code != 4002 {
+			t.Errorf("session %d: closed with %d", i, code)
+		}
+	}
+	if code := g.exit(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
