@@ -130,7 +130,7 @@ func (h *upgradeHead) read(head []byte) {
 	}
 	h.malformed = h.malformed || hasControl(line)
 	var fromHeader, fromProtocol []byte
-	var hosts, keys, versions int
+	var hosts, keys, versions, origins int
 	for len(rest) > 0 {
 		line, rest, _ = bytes.Cut(rest, lineEnd)
 		if len(line) == 0 {
@@ -161,6 +161,7 @@ func (h *upgradeHead) read(head []byte) {
 			h.malformed = true
 		case equalFold(key, "origin"):
 			h.origin = value
+			origins++
 		case equalFold(key, "authorization"):
 			fromHeader = bearerToken(value)
 		case equalFold(key, "sec-websocket-extensions"):
@@ -171,7 +172,7 @@ func (h *upgradeHead) read(head []byte) {
 			}
 		}
 	}
-	h.malformed = h.malformed || hosts > 1 || keys > 1 || versions > 1
+	h.malformed = h.malformed || hosts > 1 || keys > 1 || versions > 1 || origins > 1
 	switch {
 	case fromHeader != nil:
 		h.token = fromHeader
