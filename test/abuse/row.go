@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"maps"
@@ -23,6 +24,8 @@ type row struct {
 	limit      string // what stops them: the configuration's keys
 	spec       attack.Spec
 	short      int // attackers in the short form; 0: the row is not in it
+	// as is who the attackers log in as: each as a user of its own (the default), oneUser or forger.
+	as string
 	// settings are those that differ from the defaults; shortSettings differ in the short form too.
 	settings, shortSettings map[string]string
 	hold                    time.Duration
@@ -138,12 +141,8 @@ func runRow(ctx context.Context, w *world.World, o *row, short bool) (out outcom
 		uo.Names, uo.Tokens = append(uo.Names, name), append(uo.Tokens, token)
 	}
 	r.spec.Addr = r.g.Addr
-	for i := range r.spec.N {
-		token, err := world.Token(attacker(i))
-		if err != nil {
-			return out, err
-		}
-		r.spec.Tokens = append(r.spec.Tokens, token)
+	if r.spec.Tokens, err = o.tokens(r.spec.N); err != nil {
+		return out, err
 	}
 
 	good, err := startChild(roleUsers, uo)
@@ -233,6 +232,32 @@ func runRow(ctx context.Context, w *world.World, o *row, short bool) (out outcom
 
 // attacker is the user that an attacker logs in as.
 func attacker(i int) string { return fmt.Sprintf("x-%d", i) }
+
+// Values of row.as.
+const (
+	oneUser = "one user"
+	forger  = "forger"
+)
+
+// tokens are the attackers'.
+func (o *row) tokens(attackers int) (list []string, err error) {
+	if o.as == oneUser {
+		attackers = 1
+	}
+	for i := range attackers {
+		token, err := world.Token(attacker(i))
+		if err != nil {
+			return nil, err
+		}
+		if o.as == forger {
+			head, _, _ := strings.Cut(token, ".")
+			_, signature, _ := strings.Cut(token[len(head)+1:], ".")
+			token = head + "." + base64.RawURLEncoding.EncodeToString([]byte(`{"user_id":"root","exp":4102444800}`)) + "." + signature
+		}
+		list = append(list, token)
+	}
+	return list, nil
+}
 
 // with are the settings of the row's gateway.
 func (o *row) with(short bool) map[string]string {

@@ -235,10 +235,14 @@ const key = "dGhlIHNhbXBsZSBub25jZQ==" // RFC 6455, section 1.3
 // head is an upgrade request without its last line.
 func (a *attacker) head(more string) string {
 	h := "GET /ws HTTP/1.1\r\nHost: gateway\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + key + "\r\n"
-	if len(a.spec.Tokens) > 0 {
-		h += "Authorization: Bearer " + a.spec.Tokens[a.i%len(a.spec.Tokens)] + "\r\n"
+	return h + "Authorization: Bearer " + a.token() + "\r\n" + more
+}
+
+func (a *attacker) token() string {
+	if len(a.spec.Tokens) == 0 {
+		return "none"
 	}
-	return h + more
+	return a.spec.Tokens[a.i%len(a.spec.Tokens)]
 }
 
 // open connects and upgrades; no connection: outcome says why.

@@ -34,6 +34,7 @@ var kinds = map[string]func(context.Context, *attacker) string{
 	"hold":           hold,
 	"storm":          storm,
 	"logins":         logins,
+	"posts":          posts,
 }
 
 // repeat returns the same chunk for ever.
@@ -341,20 +342,39 @@ func logins(ctx context.Context, a *attacker) string {
 	if a.i%2 == 0 {
 		from, name = &attacker{run: &run{spec: Spec{From: OneAddress}}}, fmt.Sprintf("guess-%d", a.attempt)
 	}
-	d := from.dialer(0)
-	t := &http.Transport{DialContext: d.DialContext, DisableKeepAlives: true}
+	t := &http.Transport{DialContext: from.dialer(0).DialContext, DisableKeepAlives: true}
 	defer t.CloseIdleConnections()
-	body := fmt.Sprintf(`{"username":%q,"password":"guess-%d"}`, name, a.attempt)
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+a.spec.Addr+"/api/auth/login", strings.NewReader(body))
+	return a.post(ctx, t, "/api/auth/login", fmt.Sprintf(`{"username":%q,"password":"guess-%d"}`, name, a.attempt))
+}
+
+// posts are messages over HTTP, one after the other on a connection.
+func posts(ctx context.Context, a *attacker) string {
+	t := &http.Transport{DialContext: a.dialer(0).DialContext, MaxConnsPerHost: 1}
+	defer t.CloseIdleConnections()
+	for n := 0; ; n++ {
+		outcome := a.post(ctx, t, "/api/messages", fmt.Sprintf(`{"type":"send-message","message_id":"h-%d-%d-%d","data":{}}`, a.i, a.attempt, n))
+		if !strings.HasPrefix(outcome, "HTTP ") {
+			return outcome
+		}
+		a.count(outcome)
+		wait(ctx, a.spec.Pace)
+	}
+}
+
+// post sends a request and says what came of it.
+func (a *attacker) post(ctx context.Context, t *http.Transport, path, body string) string {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+a.spec.Addr+path, strings.NewReader(body))
 	if err != nil {
 		return unreachable
 	}
 	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("Authorization", "Bearer "+a.token())
 	resp, err := t.RoundTrip(req)
 	if err != nil {
 		return outcomeOf(ctx, err, unreachable)
 	}
-	_, _ = io.Copy(io.Discard, resp.Body)
+	_, _ = io.Copy(io.Discard, resp.Body) // the status is all that counts
 	_ = resp.Body.Close()
+	a.begun()
 	return fmt.Sprintf("HTTP %d", resp.StatusCode)
 }
