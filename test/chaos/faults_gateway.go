@@ -325,8 +325,10 @@ func flood(ctx context.Context, r *row) error {
 			refused++
 		}
 	}
+	seen := o.Seen()
 	r.check(acked > 0, "nothing of the flood was acknowledged")
-	r.bite("%d messages sent, %d acknowledged, %d refused: %v", len(logs.Clients[0].Sent), acked, refused, o.Seen().Refused)
+	r.check(seen.CloseCode == 1008, "the flood was not stopped: %+v", seen)
+	r.bite("%d messages sent, %d acknowledged, %d refused: %v; closed with %d", len(logs.Clients[0].Sent), acked, refused, seen.Refused, seen.CloseCode)
 	return nil
 }
 
