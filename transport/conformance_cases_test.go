@@ -13,7 +13,7 @@ func conformanceCases() []conformanceCase {
 
 // played is a case whose script is small enough to be built at once.
 func played(id, what string, code int, want []served, input ...string) conformanceCase {
-	sc := script{strings.Join(input, ""), want, code}
+	sc := script{input: strings.Join(input, ""), want: want, code: code}
 	return conformanceCase{id: id, what: what, make: func() script { return sc }}
 }
 
@@ -347,7 +347,7 @@ func largeCases() []conformanceCase {
 		large := func(id, what string, size, frame int) conformanceCase {
 			return conformanceCase{id: id, what: what, make: func() script {
 				payload := strings.Repeat(fill, size/len(fill))
-				return script{wireMessage(op, payload, frame), echoed(fin|op, payload), 0}
+				return script{input: wireMessage(op, payload, frame), want: echoed(fin|op, payload)}
 			}}
 		}
 		for i, size := range []int{64 * ki, 256 * ki, mi, 4 * mi, 8 * mi, 16 * mi} {
@@ -365,7 +365,7 @@ func largeCases() []conformanceCase {
 			list = append(list, conformanceCase{id: fmt.Sprintf("9.%d.%d", kind+7, i+1),
 				what: fmt.Sprintf("1000 messages of %d bytes", size), make: func() script {
 					payload := strings.Repeat(fill, size/len(fill))
-					return script{strings.Repeat(wire(fin|op, payload), 1000), slices.Repeat(echoed(fin|op, payload), 1000), 0}
+					return script{input: strings.Repeat(wire(fin|op, payload), 1000), want: slices.Repeat(echoed(fin|op, payload), 1000)}
 				}})
 		}
 	}

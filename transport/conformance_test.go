@@ -123,9 +123,11 @@ func readServed(r io.Reader) (served, error) {
 
 // script is what a client sends and what must come back.
 type script struct {
-	input string
-	want  []served
-	code  int // of the server's close; 0: the connection is still good, the client closes it
+	input  string
+	want   []served // RSV1: compressed, if that makes it smaller; the payload is what was compressed
+	code   int      // of the server's close; 0: the connection is still good, the client closes it
+	offer  string   // of extensions, a line
+	agreed bool     // an extension is
 }
 
 // noStatus is the code of a close frame without one.
@@ -173,10 +175,10 @@ func TestConformance(t *testing.T) {
 	s := startEcho(t, func(o *Options) {
 		o.MaxMessageBytes, o.MaxFragments, o.EgressBudget = 17<<20, 1<<17, 64<<20
 	})
-	playAll(t, s, "", conformanceCases())
+	playAll(t, s, conformanceCases())
 }
 
-func playAll(t *testing.T, s *Server, extensions string, cases []conformanceCase) {
+func playAll(t *testing.T, s *Server, cases []conformanceCase) {
 	seen := map[string]bool{}
 	for _, c := range cases {
 		if seen[c.id] {
@@ -191,7 +193,7 @@ func playAll(t *testing.T, s *Server, extensions string, cases []conformanceCase
 				if chop.name == blocksChop.name && len(parts) == 1 {
 					continue
 				}
-				if err := play(t, s, extensions, &sc, parts); err != nil {
+				if err := play(t, s, &sc, parts); err != nil {
 					t.Errorf("%s, %s: %v", c.what, chop.name, err)
 				}
 			}
@@ -200,11 +202,12 @@ func playAll(t *testing.T, s *Server, extensions string, cases []conformanceCase
 }
 
 // play sends the parts and reads the answers to the end of the connection.
-func play(t *testing.T, s *Server, extensions string, sc *script, parts []string) error {
+func play(t *testing.T, s *Server, sc *script, parts []string) error {
 	c := dial(t, s)
-	c.send("GET / HTTP/1.1\r\n", upgradeLines, extensions, "\r\n")
-	if resp, _ := c.answer(); resp.StatusCode != 101 {
-		return fmt.Errorf("upgrade: %s", resp.Status)
+	c.send("GET / HTTP/1.1\r\n", upgradeLines, sc.offer, "\r\n")
+	resp, _ := c.answer()
+	if agreed := resp.Header.Get("Sec-WebSocket-Extensions"); resp.StatusCode != 101 || (agreed != "") != sc.agreed {
+		return fmt.Errorf("%q upgrades by %s, %q", sc.offer, resp.Status, agreed)
 	}
 	defer c.Close()
 	written := make(chan error, 1)
