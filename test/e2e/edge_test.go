@@ -1,0 +1,191 @@
+package e2e
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/coder/websocket"
+)
+
+// keyPair writes a certificate for localhost with its key and adds it to roots.
+func keyPair(t *testing.T, certFile, keyFile string, serial int64, roots *x509.CertPool) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(serial), DNSNames: []string{"localhost"}, NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots.AddCert(leaf)
+	secret, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{keyFile: {Type: "PRIVATE KEY", Bytes: secret}, certFile: {Type: "CERTIFICATE", Bytes: der}} {
+		if err := os.WriteFile(name, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestSecureAndCompressed: WebSocket and HTTP API over TLS, messages compressed both ways by a client of
+// another make, and the certificate replaced under way.
+func TestSecureAndCompressed(t *testing.T) {
+	dir := t.TempDir()
+	cert, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	roots := x509.NewCertPool()
+	keyPair(t, cert, key, 1, roots)
+	g := start(t, "secure", settings{
+		"http.tls.cert_file": cert, "http.tls.key_file": key, "websocket.compression.enabled": "true",
+	})
+	config := &tls.Config{RootCAs: roots, ServerName: "localhost"}
+	web := &http.Client{Transport: &http.Transport{TLSClientConfig: config}}
+	defer web.CloseIdleConnections()
+	resp, err := web.Get("https://" + g.addr + "/healthz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	if resp.StatusCode != 200 || resp.ProtoMajor != 1 {
+		t.Errorf("%s %s", resp.Proto, resp.Status)
+	}
+	if resp, err := http.Get("http://" + g.addr + "/healthz"); err != nil || resp.StatusCode != 400 {
+		t.Errorf("plain HTTP: %v %v", resp, err)
+	} else {
+		_ = resp.Body.Close()
+	}
+	open := func(name string) *client {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		conn, _, err := websocket.Dial(ctx, "wss://"+g.addr+"/ws", &websocket.DialOptions{
+			HTTPClient: web, HTTPHeader: http.Header{"Authorization": {"Bearer " + token(t, name, time.Hour)}},
+			CompressionMode: websocket.CompressionNoContextTakeover, CompressionThreshold: 64,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.SetReadLimit(1 << 20)
+		t.Cleanup(func() { _ = conn.CloseNow() })
+		c := &client{t: t, name: name, Conn: conn}
+		c.wait("connected")
+		return c
+	}
+	a, b := open(user("secure")), open(user("secure"))
+	content := strings.Repeat("many words that are all the same ", 500)
+	a.send("send-message", "m1", map[string]string{"content": content})
+	if got := a.ack(); got.Status != "success" {
+		t.Fatalf("%+v", got)
+	}
+	record, err := json.Marshal(map[string]any{"target_user_ids": []string{a.name, b.name}, "data": map[string]string{"content": content}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	produce(t, g, "", string(record))
+	for _, c := range []*client{a, b} {
+		var d struct{ Content string }
+		decode(t, c.wait("new-message").Data, &d)
+		if d.Content != content {
+			t.Errorf("%s got %d bytes", c.name, len(d.Content))
+		}
+	}
+	saved, err := strconv.ParseFloat(g.metric("im_gateway_transport_compression_saved_bytes_total"), 64)
+	if err != nil || saved < float64(len(content)) {
+		t.Errorf("%v bytes saved, %v", saved, err)
+	}
+	keyPair(t, cert, key, 2, roots)
+	eventually(t, "the new certificate is served", func() bool {
+		c, err := tls.Dial("tcp", g.addr, config)
+		if err != nil {
+			return false
+		}
+		defer func() { _ = c.Close() }()
+		return c.ConnectionState().PeerCertificates[0].SerialNumber.Int64() == 2
+	})
+	a.send("ping", "", nil)
+	a.wait("pong") // who is connected stays so
+}
+
+// TestFloodIsClosed: a client beyond its rate is refused, then closed; others do not notice.
+func TestFloodIsClosed(t *testing.T) {
+	g := start(t, "flood", settings{"limits.messages_per_second": "20"})
+	quiet, loud := connect(t, g, user("quiet")), connect(t, g, user("loud"))
+	for range 200 {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		err := loud.Write(ctx, websocket.MessageText, []byte(`{"type":"send-message","message_id":"m","data":{}}`))
+		cancel()
+		if err != nil {
+			break
+		}
+	}
+	limited := 0
+	for {
+		f, err := loud.next()
+		if err != nil {
+			if code := websocket.CloseStatus(err); code != websocket.StatusPolicyViolation {
+				t.Errorf("closed with %v", err)
+			}
+			break
+		}
+		var d ack
+		decode(t, f.Data, &d)
+		if d.Code == "RATE_LIMITED" {
+			limited++
+		}
+	}
+	if limited == 0 {
+		t.Error("nothing was refused with RATE_LIMITED")
+	}
+	quiet.send("send-message", "m1", map[string]string{"content": "hello"})
+	if got := quiet.ack(); got.Status != "success" {
+		t.Errorf("%+v", got)
+	}
+}
+
+// TestConnectionsOfOneAddress: one more than allowed is answered 429.
+func TestConnectionsOfOneAddress(t *testing.T) {
+	g := start(t, "crowd", settings{"limits.connections_per_ip": "2", "limits.exempt_networks": "192.0.2.0/24"})
+	connect(t, g, user("crowd"))
+	connect(t, g, user("crowd"))
+	name := user("crowd")
+	_, err := dial(t, g, name, "/ws", http.Header{"Authorization": {"Bearer " + token(t, name, time.Hour)}})
+	if err == nil || !strings.Contains(err.Error(), "status 429") {
+		t.Errorf("the third: %v", err)
+	}
+	var d net.Dialer // from elsewhere there is room
+	d.LocalAddr = &net.TCPAddr{IP: net.IPv4(127, 0, 7, 7)}
+	c, err := d.Dial("tcp4", g.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Close() }()
+	if _, err := c.Write([]byte("GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.SetReadDeadline(time.Now().Add(patience))
+	b := make([]byte, 12)
+	if _, err := c.Read(b); err != nil || string(b) != "HTTP/1.1 200" {
+		t.Errorf("%q, %v", b, err)
+	}
+}
