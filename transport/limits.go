@@ -164,6 +164,10 @@ func newMessageRate(messages, bytes int) (r messageRate) {
 	return r
 }
 
+func (r *messageRate) cost(messages float64, bytes int) int64 {
+	return int64(max(messages*r.message, float64(bytes)*r.byte))
+}
+
 // fragmentCost is the share of a message's cost that each frame of a message in pieces has.
 const fragmentCost = 1.0 / 16
 
@@ -179,8 +183,7 @@ const (
 // spend charges the connection for messages with so many bytes. What is refused is charged as well,
 // so that who slows down is heard again and who does not goes too far.
 func (cn *conn) spend(messages float64, bytes int) verdict {
-	r := &cn.l.messages
-	cost := int64(max(messages*r.message, float64(bytes)*r.byte))
+	cost := cn.l.messages.cost(messages, bytes)
 	if cost == 0 {
 		return withinRate
 	}
@@ -197,8 +200,8 @@ func (cn *conn) spend(messages float64, bytes int) verdict {
 	}
 }
 
-// retryAfterMS is when the connection is within its limits again.
-func (cn *conn) retryAfterMS() int32 {
-	over := (cn.paid-cn.l.now*int64(time.Millisecond))/int64(time.Millisecond) - burstSeconds*1000
-	return int32(max(1, over))
+// retryAfterMS is when a message with so many bytes that was refused, and charged, may be sent again.
+func (cn *conn) retryAfterMS(bytes int) int32 {
+	within := cn.paid + cn.l.messages.cost(1, bytes) - burstSeconds*int64(time.Second)
+	return int32(max(1, within/int64(time.Millisecond)+1-cn.l.now))
 }

@@ -229,6 +229,21 @@ func TestMessageRate(t *testing.T) {
 	}
 }
 
+// TestRetryAfter: who waits as long as told is heard, and who does not, not.
+func TestRetryAfter(t *testing.T) {
+	for _, r := range []messageRate{newMessageRate(10, 0), newMessageRate(3, 1000), newMessageRate(0, 700)} {
+		for early := range int64(2) {
+			cn := &conn{l: &loop{now: 1_760_000_000_000, messages: r}}
+			for cn.spend(1, 100) == withinRate {
+			}
+			cn.l.now += int64(cn.retryAfterMS(100)) - 2*early
+			if got := cn.spend(1, 100); (got == withinRate) != (early == 0) {
+				t.Errorf("%+v, %d ms early: %d", r, 2*early, got)
+			}
+		}
+	}
+}
+
 // TestByteRate: large messages use the rate up sooner.
 func TestByteRate(t *testing.T) {
 	s, _ := start(t, func(o *Options) { o.BytesPerSecond = 50_000 })

@@ -52,7 +52,7 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 		return
 	}
 	if rate == beyondRate {
-		cn.refuse(&m, codec.RateLimited, "too many messages; the message was not stored", cn.retryAfterMS())
+		cn.refuse(&m, codec.RateLimited, "too many messages; the message was not stored", cn.retryAfterMS(len(payload)))
 		return
 	}
 	hookFrame(&m)
