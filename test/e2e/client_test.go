@@ -85,7 +85,8 @@ func connect(t testing.TB, g *gateway, name string) *client {
 func dial(t testing.TB, g *gateway, name, path string, header http.Header, protocols ...string) (*client, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	conn, resp, err := websocket.Dial(ctx, "ws://"+g.addr+path, &websocket.DialOptions{HTTPHeader: header, Subprotocols: protocols})
+	conn, resp, err := websocket.Dial(ctx, "ws://"+g.addr+path, &websocket.DialOptions{HTTPHeader: header, Subprotocols: protocols,
+		CompressionMode: websocket.CompressionNoContextTakeover, CompressionThreshold: 128})
 	if err != nil {
 		if resp != nil {
 			return nil, fmt.Errorf("status %d: %w", resp.StatusCode, err)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
+	"github.com/twmb/franz-go/pkg/kgo"
 
 	"im-gateway/codec/gatewaypb"
 )
@@ -43,7 +44,19 @@ var changing = regexp.MustCompile(`("(?:messageId|partition|offset|expires_at)":
 
 // TestProtocolsAreEquivalent: one table for both protocols, through a real socket and the whole gateway.
 func TestProtocolsAreEquivalent(t *testing.T) {
-	g := start(t, user("gw"), nil)
+	for _, compressed := range []string{"false", "true"} {
+		t.Run("compressed="+compressed, func(t *testing.T) {
+			g := start(t, user("gw"), settings{
+				"websocket.compression.enabled": compressed, "websocket.compression.threshold_bytes": "64"})
+			protocolsAreEquivalent(t, g)
+			if saved := g.metric("im_gateway_transport_compression_saved_bytes_total"); (saved != "0") != (compressed == "true") {
+				t.Errorf("%s bytes saved", saved)
+			}
+		})
+	}
+}
+
+func protocolsAreEquivalent(t *testing.T, g *gateway) {
 	for _, protocol := range []string{jsonProtocol, protoProtocol} {
 		t.Run(protocol, func(t *testing.T) {
 			name := user("alice")
@@ -97,13 +110,9 @@ func TestProtocolsAreEquivalent(t *testing.T) {
 				_, _ = fmt.Sscan(g.metric(`im_gateway_shard_ends_total{end="delivered"}`), &is)
 				return is == was+2
 			})
-			value := find(t, "im-upstream-topic", contains(`"client_msg_id":"c-1"`))
-			for string(value.Key) != name {
-				value = find(t, "im-upstream-topic", contains(name))
-			}
-			if !strings.Contains(string(value.Value), `"type":"post","client_msg_id":"c-1","data":{"content": "héllo"},`) {
-				t.Errorf("record %s", value.Value)
-			}
+			find(t, "im-upstream-topic", func(r *kgo.Record) bool {
+				return string(r.Key) == name && strings.Contains(string(r.Value), `"type":"post","client_msg_id":"c-1","data":{"content": "héllo"},`)
+			})
 			kick, err := g.service().Kick(deadline(t), &gatewaypb.KickRequest{UserId: name, Reason: "spam"})
 			if err != nil || kick.Closed != 1 {
 				t.Fatalf("kicked %v: %v", kick, err)
