@@ -18,9 +18,6 @@ import (
 	"im-gateway/codec/logicpb"
 )
 
-// maxBody is the largest body, in bytes, of any request to the HTTP API.
-const maxBody = 64 << 10
-
 // Caller is who sends a message by the HTTP API.
 type Caller struct {
 	User     string
@@ -55,8 +52,10 @@ type APIOptions struct {
 	Publisher       Publisher
 	PublishDeadline time.Duration // longer than the upstream path's own
 	UpstreamTopic   string
-	MaxMessageBytes int // bodies are also bounded by maxBody
+	MaxMessageBytes int // bodies are also bounded by MaxBodyBytes
+	MaxBodyBytes    int // of any request
 	MaxRequests     int // served at once
+	Logins          LoginLimits
 	Origins         []string
 	Logger          zerolog.Logger
 	Registerer      prometheus.Registerer
@@ -71,6 +70,8 @@ type API struct {
 	anyOrigin bool
 	slots     chan struct{} // one element per request being served
 	refused   prometheus.Counter
+	tooLarge  prometheus.Counter // bodies
+	logins    *logins
 	trouble   zerolog.Logger // sampled: an outage fails thousands of requests
 }
 
@@ -102,8 +103,8 @@ func NewAPI(o APIOptions) (*API, error) {
 	if o.Auth == nil || o.Authenticate == nil || o.Publisher == nil {
 		return nil, errors.New("HTTP API: a part is missing")
 	}
-	if o.MaxRequests < 1 {
-		return nil, fmt.Errorf("HTTP API: %d requests at once", o.MaxRequests)
+	if o.MaxRequests < 1 || o.MaxBodyBytes < 1 {
+		return nil, fmt.Errorf("HTTP API: %d requests at once, bodies of %d bytes", o.MaxRequests, o.MaxBodyBytes)
 	}
 	a := &API{
 		o:         o,
@@ -127,10 +128,18 @@ func NewAPI(o APIOptions) (*API, error) {
 		Name: "im_gateway_http_refused_total",
 		Help: "Requests answered 503 because http.max_requests were being served.",
 	})
-	for _, c := range []prometheus.Collector{requests, seconds, a.refused} {
+	a.tooLarge = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "im_gateway_http_bodies_too_large_total",
+		Help: "Requests answered 413 because their body was larger than http.max_body_bytes, or the message than websocket.max_message_bytes.",
+	})
+	for _, c := range []prometheus.Collector{requests, seconds, a.refused, a.tooLarge} {
 		if err := o.Registerer.Register(c); err != nil {
 			return nil, fmt.Errorf("register the HTTP API's metrics: %w", err)
 		}
+	}
+	var err error
+	if a.logins, err = newLogins(o.Logins, o.Registerer); err != nil {
+		return nil, err
 	}
 	add := func(rt *route) *route {
 		rt.seconds = seconds.WithLabelValues(rt.path)

@@ -21,14 +21,14 @@ import (
 const refreshPath = "/api/auth/refresh"
 
 // authRoutes lists the routes that im-logic's AuthService answers. Every field of the requests is
-// a string and required.
+// a string and required. Those by which somebody gets in are limited in number.
 func authRoutes(s logicpb.AuthServiceClient, methods []string) []*route {
 	return []*route{
-		authRoute("/api/auth/register", methods, s.Register),
-		authRoute("/api/auth/login", methods, s.Login),
-		authRoute("/api/auth/guest", methods, s.GuestLogin),
-		authRoute(refreshPath, methods, s.RefreshToken),
-		authRoute("/api/auth/logout", methods, s.Logout),
+		authRoute("/api/auth/register", methods, s.Register, true),
+		authRoute("/api/auth/login", methods, s.Login, true),
+		authRoute("/api/auth/guest", methods, s.GuestLogin, true),
+		authRoute(refreshPath, methods, s.RefreshToken, false),
+		authRoute("/api/auth/logout", methods, s.Logout, false),
 	}
 }
 
@@ -36,15 +36,21 @@ func authRoute[M any, Request interface {
 	*M
 	proto.Message
 }, Answer proto.Message](path string, methods []string,
-	method func(context.Context, Request, ...grpc.CallOption) (Answer, error)) *route {
+	method func(context.Context, Request, ...grpc.CallOption) (Answer, error), limited bool) *route {
 	return &route{path: path, methods: methods, serve: func(c *call) {
-		body, ok := c.body(maxBody, "BODY_TOO_LARGE")
+		if limited && !c.admitAddress() {
+			return
+		}
+		body, ok := c.body(c.api.o.MaxBodyBytes, "BODY_TOO_LARGE")
 		if !ok {
 			return
 		}
 		request := Request(new(M))
 		if problem := decode(body, request); problem != nil {
 			c.fail(problem.status, problem.code, problem.message)
+			return
+		}
+		if limited && !c.admitName(request) {
 			return
 		}
 		ctx, cancel := context.WithTimeout(c.r.Context(), c.api.o.AuthDeadline)

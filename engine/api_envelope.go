@@ -72,6 +72,7 @@ func (c *call) retryAfter(ms int64) {
 func (c *call) body(limit int, tooLarge string) ([]byte, bool) {
 	if c.r.ContentLength > int64(limit) {
 		c.w.Header().Set("Connection", "close") // rather than read it all
+		c.api.tooLarge.Inc()
 		c.fail(http.StatusRequestEntityTooLarge, tooLarge, bodyLimitText(limit))
 		return nil, false
 	}
@@ -79,6 +80,7 @@ func (c *call) body(limit int, tooLarge string) ([]byte, bool) {
 	var large *http.MaxBytesError
 	switch {
 	case errors.As(err, &large):
+		c.api.tooLarge.Inc()
 		c.fail(http.StatusRequestEntityTooLarge, tooLarge, bodyLimitText(limit))
 		return nil, false
 	case err != nil:

@@ -30,7 +30,7 @@ func publish(c *call) {
 		c.fail(http.StatusUnauthorized, string(code), err.Error())
 		return
 	}
-	body, ok := c.body(min(maxBody, c.api.o.MaxMessageBytes), string(codec.MessageTooLarge))
+	body, ok := c.body(min(c.api.o.MaxBodyBytes, c.api.o.MaxMessageBytes), string(codec.MessageTooLarge))
 	if !ok {
 		return
 	}

@@ -135,6 +135,7 @@ func testAPI(t *testing.T, auth *fakeAuth, change func(*APIOptions)) *API {
 		PublishDeadline: 5 * time.Second,
 		UpstreamTopic:   "up",
 		MaxMessageBytes: 1 << 20,
+		MaxBodyBytes:    DefaultMaxBodyBytes,
 		MaxRequests:     16,
 		Logger:          zerolog.Nop(),
 		Registerer:      prometheus.NewRegistry(),
@@ -197,8 +198,8 @@ func TestAPIAuth(t *testing.T) {
 		{"null", "login", `null`, 400, `INVALID_JSON`},
 		{"not UTF-8", "login", "{\"username\":\"a\xff\",\"password\":\"right\"}", 400, `INVALID_JSON`},
 		{"deep", "login", strings.Repeat("[", 60000), 400, `INVALID_JSON`},
-		{"64 KiB", "login", `{"username":"al","password":"right","x":"` + strings.Repeat("x", maxBody-43) + `"}`, 200, `token`},
-		{"over 64 KiB", "login", `{"username":"al","password":"right","x":"` + strings.Repeat("x", maxBody-42) + `"}`, 413,
+		{"64 KiB", "login", `{"username":"al","password":"right","x":"` + strings.Repeat("x", DefaultMaxBodyBytes-43) + `"}`, 200, `token`},
+		{"over 64 KiB", "login", `{"username":"al","password":"right","x":"` + strings.Repeat("x", DefaultMaxBodyBytes-42) + `"}`, 413,
 			`"code":"BODY_TOO_LARGE"`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -361,7 +362,7 @@ func TestAPIMessages(t *testing.T) {
 			`{"success":true,"data":{"message_id":"m","topic":"up","partition":0}}`},
 		{"no token", "bad", `{}`, Published{}, nil, 401, `"code":"AUTH_FAILED"`},
 		{"expired", "old", `{}`, Published{}, nil, 401, `"code":"TOKEN_EXPIRED"`},
-		{"too large", "good", strings.Repeat("x", maxBody+1), Published{}, nil, 413, `"code":"MESSAGE_TOO_LARGE"`},
+		{"too large", "good", strings.Repeat("x", DefaultMaxBodyBytes+1), Published{}, nil, 413, `"code":"MESSAGE_TOO_LARGE"`},
 		{"invalid", "good", `x`, Published{Message: "not JSON", Result: codec.UpstreamResult{Code: codec.InvalidMessage}}, nil, 400,
 			`{"success":false,"code":"INVALID_MESSAGE","message":"not JSON"}`},
 		{"overloaded", "good", `{}`, Published{Result: codec.UpstreamResult{Code: codec.Overloaded, RetryAfterMS: 1500}}, nil, 503,
@@ -543,5 +544,28 @@ func TestOpenAPI(t *testing.T) {
 		if doc.Components[kind][name] == nil {
 			t.Errorf("the reference to %s/%s leads nowhere", kind, name)
 		}
+	}
+}
+
+func TestBodyLimit(t *testing.T) {
+	a := testAPI(t, &fakeAuth{}, func(o *APIOptions) { o.MaxBodyBytes = 100 })
+	body := func(n int) string {
+		return `{"username":"al","password":"right","x":"` + strings.Repeat("x", n-43) + `"}`
+	}
+	if w := do(a, http.MethodPost, "/api/auth/login", body(100)); w.Code != 200 {
+		t.Errorf("at the limit: %d %s", w.Code, w.Body)
+	}
+	if w := do(a, http.MethodPost, "/api/auth/login", body(101)); w.Code != 413 {
+		t.Errorf("over the limit: %d %s", w.Code, w.Body)
+	}
+	r := httptest.NewRequest(http.MethodPost, "/api/auth/login", strings.NewReader(body(101)))
+	r.ContentLength = -1 // in chunks
+	w := httptest.NewRecorder()
+	a.ServeHTTP(w, r)
+	if w.Code != 413 {
+		t.Errorf("over the limit in chunks: %d %s", w.Code, w.Body)
+	}
+	if n := testutil.ToFloat64(a.tooLarge); n != 2 {
+		t.Errorf("%v counted", n)
 	}
 }

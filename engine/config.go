@@ -46,8 +46,19 @@ type HTTP struct {
 	// no page of another origin.
 	CORSOrigins []string `koanf:"cors_origins" check:"origin"`
 	// HTTP API requests served at once; beyond it the answer is 503 with Retry-After. Cost: a
-	// goroutine and up to 64 KiB of body each.
+	// goroutine and up to http.max_body_bytes each.
 	MaxRequests int `koanf:"max_requests" range:"1..65536"`
+	// The largest body of a request to the HTTP API; a larger one is answered 413. A message is also
+	// bounded by websocket.max_message_bytes.
+	MaxBodyBytes int `koanf:"max_body_bytes" unit:"bytes" range:"1KiB..192KiB"`
+	// How long an HTTP request may take to arrive, its body included; then its connection is closed. For
+	// its head websocket.handshake_timeout counts.
+	ReadTimeout time.Duration `koanf:"read_timeout" range:"100ms..5m"`
+	// How long an HTTP request may take from the end of its head to the end of its answer; then its
+	// connection is closed. Must be longer than logic.deadline and kafka.ack_deadline.
+	WriteTimeout time.Duration `koanf:"write_timeout" range:"100ms..10m"`
+	// How long an HTTP connection may wait for its next request; then it is closed.
+	IdleTimeout time.Duration `koanf:"idle_timeout" range:"100ms..1h"`
 	// Connections in HTTP use at once; a further one is answered 503. Cost: about 20 KiB each.
 	MaxConnections int `koanf:"max_connections" range:"1..1000000"`
 	// Networks of the proxies and load balancers in front of the gateway, such as 10.0.0.0/8. Only they
@@ -69,7 +80,7 @@ type ServerTLS struct {
 	CertFile string `koanf:"cert_file" check:"file"`
 	// PEM file with the key of cert_file.
 	KeyFile string `koanf:"key_file" check:"file"`
-	// TLS handshakes under way at once; further connections are closed. Cost: a goroutine and about
+	// TLS handshakes under way at once; beyond it the oldest of them is closed. Cost: a goroutine and about
 	// 30 KiB each.
 	MaxHandshakes int `koanf:"max_handshakes" range:"1..65536"`
 }
@@ -81,7 +92,8 @@ type WebSocket struct {
 	MaxMessageBytes int `koanf:"max_message_bytes" unit:"bytes" range:"1KiB..768KiB"`
 	// Frames that one client message may come in; a message in more closes the connection with 1008.
 	MaxFragments int `koanf:"max_fragments" range:"1..16777216"`
-	// The largest HTTP head of an upgrade request. Cost: that much for each connection in its handshake.
+	// The largest head of a request, an upgrade or not; a larger one is answered 431. Cost: that much for
+	// each connection in its handshake.
 	HeadBytes int `koanf:"head_bytes" unit:"bytes" range:"1KiB..64KiB"`
 	// How long a new connection may take to send its first request.
 	HandshakeTimeout time.Duration `koanf:"handshake_timeout" range:"100ms..5m"`
@@ -150,6 +162,11 @@ type Limits struct {
 	UserBytesPerSecond int `koanf:"user_bytes_per_second" unit:"bytes" range:"0..1GiB"`
 	// Messages of one session that have no answer yet; further ones are refused with OVERLOADED.
 	UnackedMessages int `koanf:"unacked_messages" range:"0..65535"`
+	// Attempts per minute to log in or register over HTTP from one address (IPv6: from one /64), a
+	// minute's worth at once; further ones are answered 429. Holds for limits.exempt_networks, too.
+	LoginsPerIP int `koanf:"logins_per_ip" range:"0..1000000"`
+	// The same limit for attempts under one name, from wherever they come.
+	LoginsPerName int `koanf:"logins_per_name" range:"0..1000000"`
 }
 
 // SessionRules is how many sessions a user may have.

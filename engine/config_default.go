@@ -23,6 +23,10 @@ const (
 	DefaultCompressionLevel     = 1
 	DefaultMaxTLSHandshakes     = 1024
 	DefaultMaxHTTPConnections   = 8192
+	DefaultMaxBodyBytes         = 64 << 10
+	DefaultHTTPReadTimeout      = 15 * time.Second
+	DefaultHTTPWriteTimeout     = 30 * time.Second
+	DefaultHTTPIdleTimeout      = 60 * time.Second
 
 	DefaultConnectionsPerIP     = 2000
 	DefaultConnectionsPerSubnet = 20000
@@ -34,6 +38,9 @@ const (
 	DefaultUserMessagesPerSecond = 2000
 	DefaultUserBytesPerSecond    = 8 << 20
 	DefaultUnackedMessages       = 256
+
+	DefaultLoginsPerIP   = 60
+	DefaultLoginsPerName = 10
 
 	DefaultAlgorithm = "HS256"
 	DefaultLeeway    = 30 * time.Second
@@ -92,7 +99,17 @@ const (
 // Validate as it is: a key to check tokens with has no default.
 func Default() Config {
 	return Config{
-		HTTP: HTTP{Addr: DefaultHTTPAddr, MaxRequests: DefaultMaxRequests, MaxConnections: DefaultMaxHTTPConnections, ForwardedHeader: transport.ForwardedForHeader, TLS: ServerTLS{MaxHandshakes: DefaultMaxTLSHandshakes}},
+		HTTP: HTTP{
+			Addr:            DefaultHTTPAddr,
+			MaxRequests:     DefaultMaxRequests,
+			MaxConnections:  DefaultMaxHTTPConnections,
+			MaxBodyBytes:    DefaultMaxBodyBytes,
+			ReadTimeout:     DefaultHTTPReadTimeout,
+			WriteTimeout:    DefaultHTTPWriteTimeout,
+			IdleTimeout:     DefaultHTTPIdleTimeout,
+			ForwardedHeader: transport.ForwardedForHeader,
+			TLS:             ServerTLS{MaxHandshakes: DefaultMaxTLSHandshakes},
+		},
 		WebSocket: WebSocket{
 			MaxMessageBytes:       DefaultMaxMessageBytes,
 			MaxFragments:          DefaultMaxFragments,
@@ -118,6 +135,9 @@ func Default() Config {
 			UserMessagesPerSecond: DefaultUserMessagesPerSecond,
 			UserBytesPerSecond:    DefaultUserBytesPerSecond,
 			UnackedMessages:       DefaultUnackedMessages,
+
+			LoginsPerIP:   DefaultLoginsPerIP,
+			LoginsPerName: DefaultLoginsPerName,
 		},
 		Auth: Auth{Algorithm: DefaultAlgorithm, Leeway: DefaultLeeway},
 		Kafka: Kafka{

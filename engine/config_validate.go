@@ -275,6 +275,10 @@ func (c *Config) crossProblems() []Problem {
 	if t := &c.HTTP.TLS; (t.CertFile == "") != (t.KeyFile == "") {
 		add("http.tls.cert_file", "and http.tls.key_file must both be set, or neither")
 	}
+	if h := &c.HTTP; h.WriteTimeout <= max(c.Logic.Deadline, c.Kafka.AckDeadline) {
+		add("http.write_timeout", "must be longer than logic.deadline, %s, and kafka.ack_deadline, %s",
+			durationText(c.Logic.Deadline), durationText(c.Kafka.AckDeadline))
+	}
 	if c.HTTP.ProxyProtocol && len(c.HTTP.TrustedProxies) == 0 {
 		add("http.trusted_proxies", "must not be empty with http.proxy_protocol")
 	}

@@ -292,7 +292,9 @@ func (e *Engine) newServer() (*transport.Server, error) {
 		Publisher:       &publisher{shards: e.shards, builder: codec.NewBuilder(e.cfg.GatewayID, e.nonce)},
 		PublishDeadline: e.cfg.Kafka.AckDeadline + 2*time.Second,
 		UpstreamTopic:   e.cfg.Kafka.UpstreamTopic, MaxMessageBytes: e.cfg.WebSocket.MaxMessageBytes,
-		MaxRequests: e.cfg.HTTP.MaxRequests, Origins: e.cfg.HTTP.CORSOrigins, Logger: e.log, Registerer: e.metrics,
+		MaxBodyBytes: e.cfg.HTTP.MaxBodyBytes, MaxRequests: e.cfg.HTTP.MaxRequests,
+		Logins:  LoginLimits{PerIP: e.cfg.Limits.LoginsPerIP, PerName: e.cfg.Limits.LoginsPerName},
+		Origins: e.cfg.HTTP.CORSOrigins, Logger: e.log, Registerer: e.metrics,
 	})
 	if err != nil {
 		return nil, err
@@ -312,6 +314,7 @@ func (e *Engine) newServer() (*transport.Server, error) {
 		MaxMessageBytes: w.MaxMessageBytes, HeadBytes: w.HeadBytes, HandshakeTimeout: w.HandshakeTimeout,
 		Heartbeat: w.Heartbeat, HeartbeatTimeout: w.HeartbeatTimeout, EgressBudget: w.EgressBudgetBytes, MaxConnections: w.MaxConnections,
 		MaxFragments: w.MaxFragments, MaxHTTPConnections: e.cfg.HTTP.MaxConnections,
+		HTTPReadTimeout: e.cfg.HTTP.ReadTimeout, HTTPWriteTimeout: e.cfg.HTTP.WriteTimeout, HTTPIdleTimeout: e.cfg.HTTP.IdleTimeout,
 		ExemptNetworks: networks(lim.ExemptNetworks), ConnectionsPerIP: lim.ConnectionsPerIP, ConnectionsPerSubnet: lim.ConnectionsPerSubnet,
 		HandshakesInFlight: lim.HandshakesInFlight, HandshakesPerSecond: lim.HandshakesPerSecond,
 		MessagesPerSecond: lim.MessagesPerSecond, BytesPerSecond: lim.BytesPerSecond,

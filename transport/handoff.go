@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/panjf2000/gnet/v2"
@@ -23,9 +24,6 @@ const (
 	bridgeInput  = 256 << 10 // bytes read from the socket and not by net/http; beyond it: an error to the reader
 	bridgeOutput = 64 << 10  // bytes that wait for a slow reader; beyond it: writes wait
 	acceptQueue  = 1024      // connections handed over and not taken yet; beyond it: 503
-	httpIdle     = 60 * time.Second
-	httpRead     = 15 * time.Second
-	httpWrite    = 30 * time.Second
 )
 
 // httpFront serves the connections that are no WebSockets by net/http.
@@ -45,13 +43,21 @@ func newHTTPFront(s *Server) *httpFront {
 			return context.WithValue(context.Background(), forwardingKey{}, &s.forwarding)
 		},
 		ReadHeaderTimeout: s.opts.HandshakeTimeout,
-		ReadTimeout:       httpRead,
-		WriteTimeout:      httpWrite,
-		IdleTimeout:       httpIdle,
+		ReadTimeout:       s.opts.HTTPReadTimeout,
+		WriteTimeout:      s.opts.HTTPWriteTimeout,
+		IdleTimeout:       s.opts.HTTPIdleTimeout,
+		ConnState:         noteIdle,
 		MaxHeaderBytes:    s.opts.HeadBytes, // net/http adds 4 KiB
 		ErrorLog:          log.New(httpLog{s}, "", 0),
 	}
 	return f
+}
+
+// noteIdle lets a connection know whether it waits for its next request.
+func noteIdle(c net.Conn, state http.ConnState) {
+	if b, ok := c.(*bridge); ok {
+		b.idle.Store(state == http.StateIdle)
+	}
 }
 
 // httpLog carries net/http's complaints, mostly about clients, to our log.
@@ -256,6 +262,7 @@ type bridge struct {
 	writeBy       *bridgeDeadline
 	held          *bridgeWrite // owned by the loop: the Write that waits for a slow reader
 	http          bool         // net/http's; else a TLS handshake's
+	idle          atomic.Bool  // between two requests
 
 	mu      sync.Mutex
 	in      []byte
@@ -318,7 +325,7 @@ func (b *bridge) Read(p []byte) (int, error) {
 		expired := b.readBy.expired()
 		select {
 		case <-expired:
-			return 0, os.ErrDeadlineExceeded
+			return 0, b.late(b.readBy)
 		default:
 		}
 		b.mu.Lock()
@@ -340,7 +347,7 @@ func (b *bridge) Read(p []byte) (int, error) {
 		case <-b.wake:
 		case <-b.gone:
 		case <-expired:
-			return 0, os.ErrDeadlineExceeded
+			return 0, b.late(b.readBy)
 		}
 	}
 }
@@ -353,7 +360,7 @@ func (b *bridge) Write(p []byte) (int, error) {
 	case <-b.gone:
 		return 0, net.ErrClosed
 	case <-expired:
-		return 0, os.ErrDeadlineExceeded
+		return 0, b.late(b.writeBy)
 	default:
 	}
 	cn := b.cn
@@ -367,8 +374,24 @@ func (b *bridge) Write(p []byte) (int, error) {
 	case <-b.gone:
 		return 0, net.ErrClosed
 	case <-expired:
-		return 0, os.ErrDeadlineExceeded
+		return 0, b.late(b.writeBy)
 	}
+}
+
+// late counts what was not done in time and returns the error that says so. net/http sets a deadline
+// long past to wake its own reader: nothing is late then.
+func (b *bridge) late(by *bridgeDeadline) error {
+	if m := b.cn.l.s.metrics; b.http && by.reached() {
+		switch {
+		case by == b.writeBy:
+			m.httpLate.write.Inc()
+		case b.idle.Load():
+			m.httpLate.idle.Inc()
+		default:
+			m.httpLate.read.Inc()
+		}
+	}
+	return os.ErrDeadlineExceeded
 }
 
 // bridgeWrite is one Write on its way through the loop.
@@ -446,6 +469,7 @@ type bridgeDeadline struct {
 	mu    sync.Mutex
 	timer *time.Timer
 	over  chan struct{} // closed when the deadline has passed
+	ahead bool          // it was not past when it was set
 }
 
 func newBridgeDeadline() *bridgeDeadline { return &bridgeDeadline{over: make(chan struct{})} }
@@ -454,6 +478,15 @@ func (d *bridgeDeadline) expired() <-chan struct{} {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.over
+}
+
+// reached tells, once, whether the deadline passed with time.
+func (d *bridgeDeadline) reached() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	was := d.ahead
+	d.ahead = false
+	return was
 }
 
 func (d *bridgeDeadline) set(t time.Time) {
@@ -468,11 +501,13 @@ func (d *bridgeDeadline) set(t time.Time) {
 		d.over = make(chan struct{})
 	default:
 	}
+	d.ahead = false
 	if t.IsZero() {
 		return
 	}
 	over := d.over
 	if left := time.Until(t); left > 0 {
+		d.ahead = true
 		d.timer = time.AfterFunc(left, func() { close(over) })
 		return
 	}

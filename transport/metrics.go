@@ -22,6 +22,7 @@ type metrics struct {
 	stalls        prometheus.Counter
 	refused       map[codec.Code]prometheus.Counter
 	closes        *prometheus.CounterVec
+	httpLate      struct{ read, write, idle prometheus.Counter }
 	tlsHandshakes struct {
 		ok, resumed, failed, shed, plain prometheus.Counter
 	}
@@ -93,6 +94,14 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 	h.rate = handshakes.WithLabelValues("rate_limited")
 	h.crowded = handshakes.WithLabelValues("address_limit")
 	h.origin = handshakes.WithLabelValues("origin_refused")
+	late := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "im_gateway_transport_http_timeouts_total",
+		Help: "HTTP connections that a timeout has ended, by what they were doing: read or write a request, or idle.",
+	}, []string{"doing"})
+	register(late)
+	m.httpLate.read = late.WithLabelValues("read")
+	m.httpLate.write = late.WithLabelValues("write")
+	m.httpLate.idle = late.WithLabelValues("idle")
 	overTLS := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "im_gateway_transport_tls_handshakes_total", Help: "TLS handshakes by result.",
 	}, []string{"result"})

@@ -53,7 +53,10 @@ type Options struct {
 	MaxConnections   int           // 0, or more than RLIMIT_NOFILE allows with a head-room: that
 	MaxFragments     int           // frames of one message; 1024
 
-	MaxHTTPConnections int // served by net/http at once; 8192
+	MaxHTTPConnections int           // served by net/http at once; 8192
+	HTTPReadTimeout    time.Duration // of a request and its body; 15 s
+	HTTPWriteTimeout   time.Duration // of a request's handling and its answer; 30 s
+	HTTPIdleTimeout    time.Duration // between requests; 60 s
 
 	// Limits by address, rates and the like; 0: none. The rates may be used two seconds ahead.
 	ExemptNetworks       []netip.Prefix // from the limits by address
@@ -109,6 +112,9 @@ func (o *Options) validate() error {
 	def(&o.MaxFragments, 1024)
 	def(&o.MaxTLSHandshakes, 1024)
 	def(&o.MaxHTTPConnections, 8192)
+	def(&o.HTTPReadTimeout, 15*time.Second)
+	def(&o.HTTPWriteTimeout, 30*time.Second)
+	def(&o.HTTPIdleTimeout, 60*time.Second)
 	switch {
 	case o.Addr == "":
 		return errors.New("no address to listen on")

@@ -43,6 +43,8 @@ func loadConfig(o options, environ []string) (engine.Config, error) {
 			"kafka.start_grace":          "0s",
 			"kafka.create_shared_topics": "true",
 			"sessions.policy":            "allow:5", // several tabs of one user
+			"limits.logins_per_ip":       "0",       // all come from this machine, and some are scripts
+			"limits.logins_per_name":     "0",
 			"drain.window":               devDrain.String(),
 			"drain.deadline":             (devDrain + def.Drain.Deadline).String(),
 		} {

@@ -64,6 +64,7 @@ func defaults(id string) settings {
 		"auth.hs256_secret": secret, "kafka.brokers": strings.Join(env.brokers, ","), "redis.addrs": env.redis,
 		"etcd.endpoints": strings.Join(env.etcd, ","), "kafka.start_grace": "100ms", "etcd.lease_ttl": "2s",
 		"drain.window": "200ms", "log.level": "debug", "kafka.downstream_partitions": "2",
+		"limits.logins_per_ip": "0", "limits.logins_per_name": "0",
 	}
 }
 

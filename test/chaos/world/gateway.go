@@ -51,7 +51,7 @@ func (w *World) newGateway(id string) (*Gateway, error) {
 		"gateway_id": id, "http.addr": g.Addr, "admin.addr": g.Admin, "grpc.addr": g.GRPC, "auth.hs256_secret": Secret,
 		"kafka.brokers": strings.Join(w.Kafka.proxied(), ","), "kafka.downstream_partitions": "2",
 		"redis.addrs": g.RedisLink.Addr(), "etcd.endpoints": g.EtcdLink.Addr(), "logic.target": g.LogicLink.Addr(),
-		"log.format": "json",
+		"log.format": "json", "limits.logins_per_ip": "0", "limits.logins_per_name": "0",
 	}
 	for k, v := range w.o.Settings {
 		base[k] = v
