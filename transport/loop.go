@@ -51,6 +51,7 @@ type loop struct {
 	unfinished int        // of them those that have not
 	turnedAway int        // connections being told that there is no room
 
+	shaking   []shake // TLS handshakes, oldest first, and some that are over
 	lingering []*conn
 	suspects  []*conn // silent for long
 	backlog   []waiting
@@ -354,6 +355,7 @@ func (l *loop) flush() {
 func (l *loop) tick() {
 	spare.ready()
 	l.tickHeads(0)
+	l.tickShaking()
 	l.tickLingering()
 	l.tickBacklog()
 	l.tickSuspects()

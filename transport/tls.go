@@ -113,7 +113,10 @@ func (cn *conn) startTLS() {
 		return
 	case len(b) < min(tlsPreamble+int(b[3])<<8+int(b[4]), tlsRecord):
 		return
-	case int(l.s.shaking.Load()) >= l.s.opts.MaxTLSHandshakes:
+	}
+	// The oldest has had the most time. Its goroutine ends in a moment; many that have not are too many.
+	most := l.s.opts.MaxTLSHandshakes
+	if n := int(l.s.shaking.Load()); n >= 2*most || n >= most && !l.displaceTLS() {
 		l.s.metrics.tlsHandshakes.shed.Inc()
 		cn.cut()
 		return
@@ -123,6 +126,7 @@ func (cn *conn) startTLS() {
 	t := &secure{conn: tls.Server(n, l.s.tls), net: n}
 	cn.own().bridge = br
 	cn.state = stateBridged
+	l.shaking = append(l.shaking, shake{cn, br})
 	l.s.shaking.Add(1)
 	l.s.children.Go(func() {
 		err := t.conn.HandshakeContext(context.Background()) // hanging up the bridge ends it
@@ -132,6 +136,42 @@ func (cn *conn) startTLS() {
 		}
 	})
 	cn.feedBridge()
+}
+
+// shake is a handshake, or one that was.
+type shake struct {
+	cn *conn
+	br *bridge
+}
+
+func (s shake) over() bool { return s.cn.state != stateBridged || s.cn.bridge != s.br }
+
+// displaceTLS ends the loop's oldest handshake; false: it has none.
+func (l *loop) displaceTLS() bool {
+	for len(l.shaking) > 0 {
+		s := l.shaking[0]
+		l.shaking[0] = shake{}
+		l.shaking = l.shaking[1:]
+		if s.over() {
+			continue
+		}
+		l.s.metrics.handshake.displaced.Inc()
+		s.br.hangUp()
+		s.cn.cut()
+		return true
+	}
+	return false
+}
+
+// tickShaking forgets the handshakes that are over, up to the first that is not: its time will end.
+func (l *loop) tickShaking() {
+	for len(l.shaking) > 0 && l.shaking[0].over() {
+		l.shaking[0] = shake{}
+		l.shaking = l.shaking[1:]
+	}
+	if len(l.shaking) == 0 {
+		l.shaking = nil
+	}
 }
 
 // secured takes the connection back from the handshake; on the loop.
