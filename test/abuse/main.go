@@ -78,6 +78,9 @@ func run(ctx context.Context, o options) (failed int, err error) {
 	if out, err := build.CombinedOutput(); err != nil {
 		return 0, fmt.Errorf("build the gateway: %w\n%s", err, out)
 	}
+	if err := writeCertificate(dir); err != nil {
+		return 0, err
+	}
 	w, err := world.Start(ctx, world.Options{Dir: dir, Gateway: binary, Brokers: 1, Gateways: []string{"g1"}})
 	defer func() { err = errors.Join(err, w.Close()) }()
 	if err != nil {
@@ -147,6 +150,8 @@ func restart(ctx context.Context, w *world.World, settings map[string]string) er
 		"etcd.endpoints": w.EtcdAddr, "logic.target": w.Logic.Addr,
 		"kafka.start_grace": "1s", "drain.window": "0s",
 	}
-	maps.Copy(s, settings)
+	for k, v := range settings {
+		s[k] = strings.ReplaceAll(v, "{dir}", w.Dir())
+	}
 	return g.With(s).Start(ctx)
 }

@@ -71,9 +71,10 @@ type outcome struct {
 	Attackers int                `json:"attackers"`
 	Attack    attack.Result      `json:"attack"`
 	Counted   map[string]float64 `json:"counted"`
-	// The users before, in and after the abuse.
+	// The users before and in the abuse, until the attackers' connections were gone, and then.
 	Before  users.Window `json:"before"`
 	With    users.Window `json:"with"`
+	Leaving users.Window `json:"leaving"`
 	After   users.Window `json:"after"`
 	Ratio   float64      `json:"p99_ratio"` // with / before
 	Errors  int          `json:"errors"`
@@ -125,7 +126,7 @@ func runRow(ctx context.Context, w *world.World, o *row, short bool) (out outcom
 
 	id := time.Now().Unix() % 1_000_000
 	uo := users.Options{
-		URL: "ws://" + r.g.Addr + "/ws", Users: r.users, Every: 3 * time.Second,
+		URL: o.scheme() + "://" + r.g.Addr + "/ws", Users: r.users, Every: 3 * time.Second,
 		AckWithin: 20 * time.Second, PushWithin: 40 * time.Second, // above kafka.ack_deadline and websocket.delivery_timeout
 		Broker: w.Kafka.Brokers()[0], Topic: world.DownstreamPrefix + r.g.ID,
 	}
@@ -205,6 +206,9 @@ func runRow(ctx context.Context, w *world.World, o *row, short bool) (out outcom
 	bad.end()
 
 	r.settled(ctx)
+	if out.Leaving, err = good.window(askWindow); err != nil {
+		return out, err
+	}
 	sleep(ctx, rest)
 	if out.After, err = good.window(askSettle); err != nil {
 		return out, err
@@ -269,6 +273,14 @@ func (o *row) with(short bool) map[string]string {
 		maps.Copy(s, o.shortSettings)
 	}
 	return s
+}
+
+// scheme is that of the public port.
+func (o *row) scheme() string {
+	if o.settings["http.tls.cert_file"] != "" {
+		return "wss"
+	}
+	return "ws"
 }
 
 // abuse lasts for as long as it is to, or until the attackers have used up their attempts.
@@ -353,7 +365,7 @@ func (r *running) judge(out *outcome, before, after map[string]float64) {
 		out.After.Open, r.users, out.After.Outstanding)
 	r.check(len(out.After.NewcomersRefused) == 0 && out.After.Newcomers > 0, "newcomers afterwards: %d came in, others saw %v",
 		out.After.Newcomers, out.After.NewcomersRefused)
-	for _, w := range []users.Window{out.Before, out.With, out.After} {
+	for _, w := range []users.Window{out.Before, out.With, out.Leaving, out.After} {
 		for what, n := range w.Errors {
 			out.Errors += n
 			r.check(false, "users saw %d times: %s", n, what)

@@ -18,6 +18,7 @@ const (
 	handshakes = "im_gateway_transport_handshakes_total"
 	closes     = "im_gateway_transport_closes_total"
 	refused    = "im_gateway_transport_refused_total"
+	overTLS    = "im_gateway_transport_tls_handshakes_total"
 )
 
 func counter(name, label, value string) string { return fmt.Sprintf("%s{%s=%q}", name, label, value) }
@@ -32,6 +33,9 @@ const (
 
 // noExempt makes the limits by address count for loopback too.
 var noExempt = map[string]string{"limits.exempt_networks": ""}
+
+// tlsOn is a public port that takes wss alone.
+var tlsOn = map[string]string{"http.tls.cert_file": "{dir}/" + certFile, "http.tls.key_file": "{dir}/" + keyFile}
 
 func with(settings map[string]string, more ...string) map[string]string {
 	out := map[string]string{}
@@ -193,6 +197,22 @@ var rows = []row{
 		moved: []string{counter(handshakes, "result", "rate_limited")},
 	},
 	{
+		name: "stalled TLS handshakes", what: "a ClientHello, and nothing after it", hold: 15 * time.Second,
+		limit:    "http.tls.max_handshakes, websocket.handshake_timeout",
+		spec:     attack.Spec{Kind: "TLS stalls", N: 5000, Again: true, Rest: time.Second},
+		settings: tlsOn,
+		expect:   []string{ended}, allow: []string{open, reset},
+		moved: []string{counter(handshakes, "result", "displaced"), counter(overTLS, "result", "failed")},
+	},
+	{
+		name: "TLS handshakes", what: "whole handshakes without resumption, again and again", hold: 10 * time.Second,
+		limit:    "http.tls.max_handshakes",
+		spec:     attack.Spec{Kind: "TLS handshakes", N: 200, Again: true},
+		settings: tlsOn,
+		expect:   []string{"handshake done"}, allow: []string{open, reset, ended},
+		moved: []string{counter(overTLS, "result", "ok")},
+	},
+	{
 		name: "one address", what: "connections from one address", short: 200, hold: 5 * time.Second,
 		limit:    "limits.connections_per_ip",
 		spec:     attack.Spec{Kind: "hold", N: 3000, From: attack.OneAddress},
@@ -210,10 +230,9 @@ var rows = []row{
 	},
 	{
 		name: "login guessing", what: "passwords for many names from one address, and for one name from many", hold: 10 * time.Second,
-		limit:    "limits.logins_per_ip, limits.logins_per_name",
-		spec:     attack.Spec{Kind: "logins", N: 100, Again: true, Rest: 50 * time.Millisecond},
-		settings: noExempt,
-		expect:   []string{"HTTP 429", "HTTP 200"}, allow: []string{open},
+		limit:  "limits.logins_per_ip, limits.logins_per_name",
+		spec:   attack.Spec{Kind: "logins", N: 100, Again: true, Rest: 50 * time.Millisecond},
+		expect: []string{"HTTP 429", "HTTP 200"}, allow: []string{open},
 	},
 	{
 		name: "more connections than descriptors", what: "sessions beyond the node's bound, which follows from its open files",

@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"compress/flate"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"slices"
 	"strings"
@@ -35,6 +37,8 @@ var kinds = map[string]func(context.Context, *attacker) string{
 	"storm":          storm,
 	"logins":         logins,
 	"posts":          posts,
+	"TLS stalls":     tlsStalls,
+	"TLS handshakes": tlsHandshakes,
 }
 
 // repeat returns the same chunk for ever.
@@ -377,4 +381,53 @@ func (a *attacker) post(ctx context.Context, t *http.Transport, path, body strin
 	_ = resp.Body.Close()
 	a.begun()
 	return fmt.Sprintf("HTTP %d", resp.StatusCode)
+}
+
+// anyServer is a client that does not care who answers.
+var anyServer = &tls.Config{InsecureSkipVerify: true} //nolint:gosec // it is the suite's own gateway
+
+// hello is a client's first record.
+var hello = sync.OnceValue(func() []byte {
+	ours, theirs := net.Pipe()
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = tls.Client(theirs, anyServer).Handshake() }) // until the pipe is closed
+	b := make([]byte, 16<<10)
+	n, err := ours.Read(b)
+	if err != nil {
+		panic(err) // a client begins by itself
+	}
+	_ = ours.Close()
+	wg.Wait()
+	return b[:n]
+})
+
+// tlsStalls begin a handshake that never goes on.
+func tlsStalls(ctx context.Context, a *attacker) string {
+	c, outcome := a.dial(ctx, 0)
+	if c == nil {
+		return outcome
+	}
+	defer c.hangUp()
+	if _, err := c.Write(hello()); err != nil {
+		return outcomeOf(ctx, err, reset)
+	}
+	a.begun()
+	if _, err := io.Copy(io.Discard, c.r); err != nil {
+		return outcomeOf(ctx, err, reset)
+	}
+	return ended
+}
+
+// tlsHandshakes are whole.
+func tlsHandshakes(ctx context.Context, a *attacker) string {
+	c, outcome := a.dial(ctx, 0)
+	if c == nil {
+		return outcome
+	}
+	defer c.hangUp()
+	if err := tls.Client(c, anyServer).HandshakeContext(ctx); err != nil {
+		return outcomeOf(ctx, err, "handshake failed")
+	}
+	a.begun()
+	return "handshake done"
 }

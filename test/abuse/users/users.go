@@ -22,7 +22,7 @@ import (
 
 // Options describe the users of one process. They are sent to it as JSON.
 type Options struct {
-	URL    string
+	URL    string   // ws:// or wss://
 	Tokens []string // of user i; those behind Users are newcomers'
 	Names  []string // as Tokens
 	Users  int
@@ -55,6 +55,7 @@ const (
 type Group struct {
 	o       Options
 	fleet   *fleet.Fleet
+	front   *front // nil without TLS
 	kafka   *kgo.Client
 	users   []user
 	guest   int
@@ -93,6 +94,13 @@ func Start(ctx context.Context, o Options) (*Group, error) {
 		sources = append(sources, netip.AddrFrom4([4]byte{127, 2, byte(i), 1}))
 	}
 	var err error
+	if strings.HasPrefix(o.URL, "wss://") {
+		gateway, _, _ := strings.Cut(strings.TrimPrefix(o.URL, "wss://"), "/")
+		if g.front, err = startFront(gateway); err != nil {
+			return nil, err
+		}
+		o.URL = g.front.url(o.URL)
+	}
 	if g.kafka, err = kgo.NewClient(kgo.SeedBrokers(o.Broker), kgo.ProducerLinger(5*time.Millisecond)); err != nil {
 		return nil, fmt.Errorf("users: kafka: %w", err)
 	}
@@ -201,7 +209,11 @@ func (g *Group) Window(settle bool) (w Window) {
 // Close ends everything.
 func (g *Group) Close() error {
 	g.kafka.Close()
-	return g.fleet.Stop()
+	err := g.fleet.Stop()
+	if g.front != nil {
+		err = errors.Join(err, g.front.close())
+	}
+	return err
 }
 
 func (g *Group) forget() {
