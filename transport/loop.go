@@ -147,7 +147,12 @@ func (l *loop) execute(f func()) bool { return l.executeFor(nil, f) }
 
 // executeFor runs f on the loop; false: it will not. A panic closes cn.
 func (l *loop) executeFor(cn *conn, f func()) bool {
-	return l.trigger(&task{l: l, f: func(l *loop) { l.guard(cn, f) }})
+	return l.trigger(&task{l: l, f: func(l *loop) {
+		l.guard(cn, f)
+		if cn != nil {
+			cn.settle()
+		}
+	}})
 }
 
 // guard keeps a panic to the connection at fault.
@@ -206,6 +211,7 @@ func (l *loop) traffic(cn *conn) {
 	l.now = time.Now().UnixMilli()
 	cn.lastRead = l.now
 	l.guard(cn, func() { cn.read() })
+	cn.settle()
 	if len(l.replies) > 0 { // of a read that ended early
 		l.replies = l.replies[:0]
 	}

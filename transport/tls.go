@@ -227,9 +227,7 @@ func (cn *conn) decrypt(t *secure) error {
 	t.ahead = false
 	l := cn.l
 	t.net.input = b
-	if t.in == nil {
-		t.in, l.opened = l.opened[:0], nil
-	}
+	t.in, l.opened = append(l.opened[:0], t.in...), nil
 	for err == nil {
 		if cap(t.in)-len(t.in) < tlsRecord {
 			t.in = append(make([]byte, 0, len(t.in)+2*tlsRecord), t.in...)
@@ -273,13 +271,22 @@ func (cn *conn) discard(n int) error {
 	switch {
 	case n < 0 || n >= len(t.in):
 		cn.consumed(t)
-	case n > 0:
-		// What is left is the beginning of a frame or a head; the buffer is another's next.
-		left := append([]byte(nil), t.in[n:]...)
-		cn.consumed(t)
-		t.in = left
+	default:
+		t.in = t.in[:copy(t.in, t.in[n:])]
 	}
 	return nil
+}
+
+// settle gives the loop's buffer back once a turn has ended: what is left of the input, the beginning
+// of a frame or of a head, is kept in one of its size.
+func (cn *conn) settle() {
+	t := cn.tls
+	if t == nil || len(t.in) == 0 || cap(t.in) < tlsRecord {
+		return
+	}
+	left := append([]byte(nil), t.in...)
+	cn.consumed(t)
+	t.in = left
 }
 
 // unread tells whether there is input that has not been consumed.

@@ -289,6 +289,47 @@ func TestTLSClientsThatVanish(t *testing.T) {
 	eventually(t, func() bool { return s.Connections() == 0 && s.shaking.Load() == 0 })
 }
 
+// TestTLSSlowHeads: a head that comes byte by byte does not hold a buffer of the loop's.
+func TestTLSSlowHeads(t *testing.T) {
+	s, sink := start(t, func(o *Options) { withTLS(o); o.Loops = 1 })
+	head := "GET /ws HTTP/1.1\r\n" + upgradeLines + "Authorization: Bearer " + token(t, "u", time.Hour) + "\r\n\r\n" + text(`{"type":"ping"}`)
+	var clients []*client
+	for range 20 {
+		c, _ := dialTLS(t, s, clientTLS(), false)
+		clients = append(clients, c)
+	}
+	for i := 0; i < len(head); i += 7 {
+		for _, c := range clients {
+			c.send(head[i:min(len(head), i+7)])
+		}
+		if i > len(head)/2 && i < len(head)/2+7 {
+			held := make(chan int)
+			l := s.loops[0]
+			l.execute(func() {
+				n := 0
+				for _, d := range l.heads {
+					if d.cn.tls != nil {
+						n += cap(d.cn.tls.in)
+					}
+				}
+				held <- n
+			})
+			if n := <-held; n > 20*1024 {
+				t.Errorf("%d bytes held for %d heads", n, len(clients))
+			}
+		}
+	}
+	for _, c := range clients {
+		if resp, body := c.answer(); resp.StatusCode != 101 {
+			t.Fatalf("%s %s", resp.Status, body)
+		}
+		if f := c.read(); !strings.Contains(string(f.Payload), "pong") {
+			t.Errorf("%s", f.Payload)
+		}
+		sink.next(t, codec.EventOpen)
+	}
+}
+
 // TestMemoryPerTLSSession holds what an idle TLS session costs on the heap, and says it. The clients'
 // side is dropped, but for the descriptors.
 func TestMemoryPerTLSSession(t *testing.T) {
