@@ -167,6 +167,10 @@ type Limits struct {
 	LoginsPerIP int `koanf:"logins_per_ip" range:"0..1000000"`
 	// The same limit for attempts under one name, from wherever they come.
 	LoginsPerName int `koanf:"logins_per_name" range:"0..1000000"`
+	// Percent of the memory limit, GOMEMLIMIT or else 90 % of the cgroup's, that may be held. Beyond it
+	// new connections and HTTP requests are answered 503 with Retry-After and client messages are refused
+	// with OVERLOADED, until a twentieth of it is free again. Without a memory limit there is no bound.
+	MemoryHighWaterPercent int `koanf:"memory_high_water_percent" range:"0..100"`
 }
 
 // SessionRules is how many sessions a user may have.

@@ -42,6 +42,8 @@ const (
 	DefaultLoginsPerIP   = 60
 	DefaultLoginsPerName = 10
 
+	DefaultMemoryHighWaterPercent = 90
+
 	DefaultAlgorithm = "HS256"
 	DefaultLeeway    = 30 * time.Second
 
@@ -138,6 +140,8 @@ func Default() Config {
 
 			LoginsPerIP:   DefaultLoginsPerIP,
 			LoginsPerName: DefaultLoginsPerName,
+
+			MemoryHighWaterPercent: DefaultMemoryHighWaterPercent,
 		},
 		Auth: Auth{Algorithm: DefaultAlgorithm, Leeway: DefaultLeeway},
 		Kafka: Kafka{

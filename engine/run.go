@@ -268,6 +268,13 @@ func (e *Engine) startShards(context.Context) error {
 		return err
 	}
 	egress.server = e.server
+	memory, err := newPressure(e.cfg.Limits.MemoryHighWaterPercent, memoryLimit(), e.server.SetPressure, e.log, e.metrics)
+	if err != nil {
+		return err
+	}
+	if memory != nil {
+		e.goTask("memory", memory.run)
+	}
 	e.goTask("shards", e.shards.Run)
 	e.goTask("presence", e.presence.run)
 	e.goTask("peers", func(ctx context.Context) error { e.peers.Run(ctx); return nil })

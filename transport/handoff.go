@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/panjf2000/gnet/v2"
+
+	"im-gateway/codec"
 )
 
 // Bounds of connections handed to net/http.
@@ -110,6 +112,11 @@ func (f *httpFront) Addr() net.Addr { return f.s.addr }
 // ServeHTTP implements http.Handler: an upgrade of /ws goes back to the event loop.
 func (f *httpFront) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
+	case f.s.pressed.Load():
+		f.s.metrics.pressed.requests.Inc()
+		w.Header().Set("Retry-After", retryAfterShed)
+		w.Header().Set("Connection", "close")
+		refuseHTTP(w, http.StatusServiceUnavailable, string(codec.Overloaded), "the gateway is short of memory")
 	case r.URL.Path != wsPath:
 		f.s.opts.API.ServeHTTP(w, r)
 	case r.Method == http.MethodGet && asksForWebSocket(r):

@@ -283,6 +283,10 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 		return
 	}
 	switch {
+	case l.s.pressed.Load():
+		l.s.metrics.pressed.connections.Inc()
+		cn.respond(shedResponse)
+		return
 	case l.s.draining.Load():
 		l.s.metrics.handshake.shed.Inc()
 		cn.respond(shedResponse)

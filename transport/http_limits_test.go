@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"im-gateway/codec"
 )
 
 // TestHTTPTimeouts: a request that takes too long to send, to answer or to come at all loses its
@@ -75,4 +77,49 @@ func TestHTTPTimeouts(t *testing.T) {
 		t.Fatal(resp.Status, body)
 	}
 	counted("upgrade", 1, 1, 1)
+}
+
+// TestPressure: while memory is short nothing new is taken, and sessions stay.
+func TestPressure(t *testing.T) {
+	s, sink := start(t, nil)
+	session := connect(t, s, "u")
+	kept := dial(t, s)
+	const get = "GET /x HTTP/1.1\r\nHost: h\r\n\r\n"
+	kept.send(get)
+	if resp, _ := kept.answer(); resp.StatusCode != 200 {
+		t.Fatal(resp.Status)
+	}
+	early := dial(t, s)
+	early.send("GET /ws HTTP/1.1\r\n")
+	eventually(t, func() bool { return s.Connections() == 3 })
+
+	s.SetPressure(true)
+	shed := func(c *client) {
+		t.Helper()
+		if resp, body := c.answer(); resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" || !strings.Contains(body, "OVERLOADED") {
+			t.Errorf("%s %q %s", resp.Status, resp.Header.Get("Retry-After"), body)
+		}
+	}
+	shed(dial(t, s))
+	kept.send(get)
+	shed(kept)
+	early.send(upgradeLines, "Authorization: Bearer ", token(t, "v", time.Hour), "\r\n\r\n")
+	shed(early)
+	session.send(text(`{"type":"send-message","message_id":"m1","data":{}}`))
+	if f := session.read(); !strings.Contains(string(f.Payload), `"OVERLOADED"`) || !strings.Contains(string(f.Payload), `"m1"`) {
+		t.Errorf("the message was answered %s", f.Payload)
+	}
+	session.send(text(`{"type":"ping"}`))
+	if f := session.read(); !strings.Contains(string(f.Payload), `"pong"`) {
+		t.Errorf("the ping was answered %s", f.Payload)
+	}
+	p := &s.metrics.pressed
+	if c, r, m := testutil.ToFloat64(p.connections), testutil.ToFloat64(p.requests), testutil.ToFloat64(p.messages); c != 2 || r != 1 || m != 1 {
+		t.Errorf("counted %v connections, %v requests, %v messages", c, r, m)
+	}
+
+	s.SetPressure(false)
+	session.send(text(`{"type":"send-message","message_id":"m2","data":{}}`))
+	sink.next(t, codec.EventMessage)
+	connect(t, s, "v")
 }

@@ -64,6 +64,11 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 	case codec.TypeDeliveryAck:
 		l.acked(cn, m.DeliveryID)
 	default:
+		if l.s.pressed.Load() {
+			l.s.metrics.pressed.messages.Inc()
+			cn.refuse(&m, codec.Overloaded, "the gateway is short of memory; the message was not stored", pressureRetryMS)
+			return
+		}
 		shard := cn.id.Shard()
 		if l.full(shard) {
 			cn.refuse(&m, codec.Overloaded, "the gateway is overloaded; the message was not stored", overloadRetryMS)
@@ -108,6 +113,9 @@ func (cn *conn) overRate(bytes int) bool {
 
 // overloadRetryMS is when a client whose message found its shard's queue full may try again.
 const overloadRetryMS = 500
+
+// pressureRetryMS is when a client may try again whose message came while memory was short.
+const pressureRetryMS = 5000
 
 // reply queues a frame of the loop's own for the connection being read. payload may be scratch.
 func (cn *conn) reply(payload []byte) {

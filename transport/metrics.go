@@ -22,6 +22,7 @@ type metrics struct {
 	stalls        prometheus.Counter
 	refused       map[codec.Code]prometheus.Counter
 	closes        *prometheus.CounterVec
+	pressed       struct{ connections, requests, messages prometheus.Counter }
 	httpLate      struct{ read, write, idle prometheus.Counter }
 	tlsHandshakes struct {
 		ok, resumed, failed, shed, plain prometheus.Counter
@@ -94,6 +95,14 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 	h.rate = handshakes.WithLabelValues("rate_limited")
 	h.crowded = handshakes.WithLabelValues("address_limit")
 	h.origin = handshakes.WithLabelValues("origin_refused")
+	pressed := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "im_gateway_transport_pressure_refused_total",
+		Help: "What was refused while memory was short: connection, request or message.",
+	}, []string{"what"})
+	register(pressed)
+	m.pressed.connections = pressed.WithLabelValues("connection")
+	m.pressed.requests = pressed.WithLabelValues("request")
+	m.pressed.messages = pressed.WithLabelValues("message")
 	late := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "im_gateway_transport_http_timeouts_total",
 		Help: "HTTP connections that a timeout has ended, by what they were doing: read or write a request, or idle.",

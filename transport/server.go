@@ -184,6 +184,7 @@ type Server struct {
 	shaking     atomic.Int64 // of them in a TLS handshake
 	lingering   atomic.Int64 // of them closed, but for the peer to read why
 	draining    atomic.Bool
+	pressed     atomic.Bool // memory is short
 	stopping    atomic.Bool
 
 	booted   chan struct{}
@@ -427,6 +428,10 @@ func (s *Server) Err() error {
 // StopAccepting answers every new connection and upgrade with 503 from now on.
 func (s *Server) StopAccepting() { s.draining.Store(true) }
 
+// SetPressure says whether memory is short: then new connections, upgrades and HTTP requests are
+// answered 503 and client messages are refused with OVERLOADED. Any goroutine may call it.
+func (s *Server) SetPressure(on bool) { s.pressed.Store(on) }
+
 // Shutdown ends the loops. Connections that are being closed have their time for the peer to read
 // the close code; those still open are cut: close the sessions before. ctx bounds it all.
 func (s *Server) Shutdown(ctx context.Context) error {
@@ -520,6 +525,10 @@ func (s *Server) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 	if !spare.ready() || n > s.opts.MaxConnections+courtesy {
 		s.metrics.handshake.shed.Inc() // without a descriptor to spare, or too many to be polite
 		return nil, gnet.Close
+	}
+	if s.pressed.Load() {
+		s.metrics.pressed.connections.Inc()
+		return nil, l.turnAway(c, shedResponse)
 	}
 	if n > s.opts.MaxConnections || s.draining.Load() {
 		s.metrics.handshake.shed.Inc()

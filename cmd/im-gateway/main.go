@@ -32,6 +32,7 @@ func main() {
 	// Two signals are told apart: room for both.
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	engine.LimitMemory()
 	engine.PaceGC()
 	os.Exit(run(os.Args[1:], os.Environ(), os.Stdout, os.Stderr, signals, start))
 }
