@@ -134,8 +134,8 @@ func (p *pressure) sample(now time.Time) {
 
 func (p *pressure) change(on bool) {
 	p.on = on
-	p.now.Store(on)
 	p.set(on)
+	p.now.Store(on)
 }
 
 // memoryLook returns a function that looks at the memory; for one goroutine.

@@ -54,7 +54,7 @@ type gateway struct {
 	done              chan struct{}
 }
 
-// settings are configuration keys and values.
+// settings are configuration keys and values; a name in capitals is an environment variable's.
 type settings map[string]string
 
 // defaults make a gateway fast to start, to notice and to stop.
@@ -87,7 +87,11 @@ func launch(t *testing.T, id string, change settings) *gateway {
 	g := &gateway{t: t, id: id, addr: s["http.addr"], admin: s["admin.addr"], grpc: s["grpc.addr"], log: &logBuffer{}, done: make(chan struct{})}
 	g.cmd = exec.Command(env.binary)
 	for k, v := range s {
-		if v != "" {
+		switch {
+		case v == "":
+		case k == strings.ToUpper(k):
+			g.cmd.Env = append(g.cmd.Env, k+"="+v)
+		default:
 			g.cmd.Env = append(g.cmd.Env, "IM_"+strings.ToUpper(strings.ReplaceAll(k, ".", "_"))+"="+v)
 		}
 	}
