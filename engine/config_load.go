@@ -186,8 +186,11 @@ func fileProblem(err error) string {
 	if errors.As(err, &path) {
 		return "cannot be read: " + path.Err.Error()
 	}
-	return "is not valid YAML: " + strings.TrimPrefix(err.Error(), "yaml: ")
+	return "is not valid YAML: " + quotedValue.ReplaceAllString(strings.TrimPrefix(err.Error(), "yaml: "), "${1}"+redacted)
 }
+
+// quotedValue matches where a complaint of the YAML parser quotes a value, which may be a secret.
+var quotedValue = regexp.MustCompile("(?s)(anchor )'.*'|`.*`")
 
 func (l *loader) isSection(key string) bool { return l.example(key) != "" }
 
