@@ -113,7 +113,7 @@ const adminStop = time.Second
 func ServeAdmin(ctx context.Context, ln net.Listener, h http.Handler) error {
 	server := &http.Server{
 		Handler:           h,
-		ReadHeaderTimeout: 10 * time.Second,
+		ReadHeaderTimeout: 10 * time.Second, // a TLS handshake's time, too
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
 	}

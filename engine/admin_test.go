@@ -3,6 +3,7 @@ package engine
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"io"
 	"net"
@@ -141,5 +142,67 @@ func TestAdvertiseAddr(t *testing.T) {
 	}
 	if ip := chooseIP([]net.Addr{&net.IPNet{IP: net.ParseIP("::1")}}); ip != nil {
 		t.Errorf("chose %s of loopback", ip)
+	}
+}
+
+// TestAdminTLS: the port over TLS, and closed to who has no certificate of its authorities.
+func TestAdminTLS(t *testing.T) {
+	dir := t.TempDir()
+	cert, key := testCertificate(t, dir, "admin.test")
+	operatorCert, operatorKey := testCertificate(t, dir, "operator.test")
+	stranger, strangerKey := testCertificate(t, dir, "stranger.test")
+	get := func(files AdminTLS, client TLS) (int, error) {
+		t.Helper()
+		h, err := NewAdmin(AdminOptions{Readiness: NewReadiness(), Registry: prometheus.NewRegistry(), Logger: zerolog.Nop()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		server, err := files.Server(zerolog.Nop())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ln, err := tls.Listen("tcp", "127.0.0.1:0", server)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- ServeAdmin(ctx, ln, h) }()
+		defer func() {
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}()
+		client.Enabled = true
+		config, err := client.Client()
+		if err != nil {
+			t.Fatal(err)
+		}
+		transport := &http.Transport{TLSClientConfig: config}
+		defer transport.CloseIdleConnections()
+		resp, err := (&http.Client{Transport: transport}).Get("https://" + ln.Addr().String() + "/healthz")
+		if err != nil {
+			return 0, err
+		}
+		return resp.StatusCode, resp.Body.Close()
+	}
+	plain := AdminTLS{CertFile: cert, KeyFile: key}
+	mutual := AdminTLS{CertFile: cert, KeyFile: key, ClientCAFile: operatorCert}
+	for _, c := range []struct {
+		name   string
+		server AdminTLS
+		client TLS
+		ok     bool
+	}{
+		{"TLS", plain, TLS{CAFile: cert}, true},
+		{"TLS of an unknown authority", plain, TLS{CAFile: stranger}, false},
+		{"mutual", mutual, TLS{CAFile: cert, CertFile: operatorCert, KeyFile: operatorKey}, true},
+		{"mutual without a certificate", mutual, TLS{CAFile: cert}, false},
+		{"mutual with another's", mutual, TLS{CAFile: cert, CertFile: stranger, KeyFile: strangerKey}, false},
+	} {
+		if status, err := get(c.server, c.client); (err == nil && status == http.StatusOK) != c.ok {
+			t.Errorf("%s: %d, %v", c.name, status, err)
+		}
 	}
 }

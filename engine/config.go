@@ -345,7 +345,7 @@ type GRPC struct {
 
 // GRPCTLS is the TLS of the gRPC server, and of calls to other gateways, which use the same files.
 type GRPCTLS struct {
-	// PEM file with the server's certificate chain. Empty: no TLS.
+	// PEM file with the server's certificate chain, read again when it changes. Empty: no TLS.
 	CertFile string `koanf:"cert_file" check:"file"`
 	// PEM file with the key of cert_file.
 	KeyFile string `koanf:"key_file" check:"file"`
@@ -360,12 +360,24 @@ type GRPCTLS struct {
 
 // Admin is the operators' port.
 type Admin struct {
-	// The listener of /healthz, /readyz, /metrics, /ledger and /debug/pprof. It asks for no login: keep it on
-	// loopback or inside the cluster.
+	// The listener of /healthz, /readyz, /metrics, /ledger and /debug/pprof. It asks for no login but a
+	// client certificate (admin.tls.client_ca_file): keep it on loopback or inside the cluster.
 	Addr string `koanf:"addr" check:"listen" required:"true"`
 	// The token that acting on this port (POST /drain) asks for, as `Authorization: Bearer TOKEN`. Empty:
 	// the port only shows.
-	Token string `koanf:"token" secret:"true"`
+	Token string   `koanf:"token" secret:"true"`
+	TLS   AdminTLS `koanf:"tls"`
+}
+
+// AdminTLS is the TLS of the operators' port.
+type AdminTLS struct {
+	// PEM file with the server's certificate chain, read again when it changes. Empty: no TLS.
+	CertFile string `koanf:"cert_file" check:"file"`
+	// PEM file with the key of cert_file.
+	KeyFile string `koanf:"key_file" check:"file"`
+	// PEM file with the authorities that sign the certificates of those who may use the port (mutual
+	// TLS); others are refused. Empty: nobody needs one.
+	ClientCAFile string `koanf:"client_ca_file" check:"file"`
 }
 
 // Shard is the session registry.

@@ -173,6 +173,11 @@ func TestProblems(t *testing.T) {
 		{"grpc mutual", "GRPC_ADDR=:1 GRPC_TLS_REQUIRE_CLIENT_CERT=true GRPC_TLS_CA_FILE=" + cert +
 			" GRPC_TLS_CERT_FILE=" + cert + " GRPC_TLS_KEY_FILE=" + key, ""},
 		{"grpc mutual without files", "GRPC_TLS_REQUIRE_CLIENT_CERT=true", "grpc.tls.require_client_cert"},
+		{"admin tls", "ADMIN_TLS_CERT_FILE=" + cert + " ADMIN_TLS_KEY_FILE=" + key + " ADMIN_TLS_CLIENT_CA_FILE=" + cert, ""},
+		{"admin tls half a pair", "ADMIN_TLS_CERT_FILE=" + cert, "admin.tls.cert_file"},
+		{"admin tls of clients only", "ADMIN_TLS_CLIENT_CA_FILE=" + cert, "admin.tls.client_ca_file"},
+		{"admin tls wrong way round", "ADMIN_TLS_CERT_FILE=" + key + " ADMIN_TLS_KEY_FILE=" + cert, "admin.tls.cert_file"},
+		{"http write timeout", "HTTP_WRITE_TIMEOUT=10s", "http.write_timeout"},
 		{"drain", "DRAIN_WINDOW=25s", "drain.deadline"},
 		{"unknown variable", "SHARDS=3", "IM_SHARDS"},
 		{"of an orchestrator", "LOGIC_SERVICE_HOST=10.0.0.1 LOGIC_PORT=tcp://10.0.0.1:90 " +

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+
+	"github.com/rs/zerolog"
 )
 
 // Client returns the TLS configuration of a client, or nil when TLS is not enabled. Certificates
@@ -18,26 +20,52 @@ func (t TLS) Client() (*tls.Config, error) {
 }
 
 // Client returns the TLS configuration for calls to other gateways, or nil when their servers,
-// which are configured as this one is, use none.
-func (t GRPCTLS) Client() (*tls.Config, error) {
+// which are configured as this one is, use none. The certificate is read again when its files change.
+func (t GRPCTLS) Client(log zerolog.Logger) (*tls.Config, error) {
 	if t.CertFile == "" {
 		return nil, nil
 	}
-	return clientTLS(t.CAFile, t.CertFile, t.KeyFile, t.ServerName)
+	c, err := clientTLS(t.CAFile, "", "", t.ServerName)
+	if err != nil {
+		return nil, err
+	}
+	pair, err := newCerts(t.CertFile, t.KeyFile, log)
+	if err != nil {
+		return nil, err
+	}
+	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		return pair.Certificate(nil)
+	}
+	return c, nil
 }
 
 // Server returns the TLS configuration of the gRPC server, or nil when TLS is not configured.
-func (t GRPCTLS) Server() (*tls.Config, error) {
-	if t.CertFile == "" {
+func (t GRPCTLS) Server(log zerolog.Logger) (*tls.Config, error) {
+	authorities := ""
+	if t.RequireClientCert {
+		authorities = t.CAFile
+	}
+	return serverTLS(t.CertFile, t.KeyFile, authorities, log)
+}
+
+// Server returns the TLS configuration of the admin port, or nil when TLS is not configured.
+func (t AdminTLS) Server(log zerolog.Logger) (*tls.Config, error) {
+	return serverTLS(t.CertFile, t.KeyFile, t.ClientCAFile, log)
+}
+
+// serverTLS asks for client certificates when there are authorities for them. The server's own is read
+// again when its files change.
+func serverTLS(certFile, keyFile, clientAuthorities string, log zerolog.Logger) (*tls.Config, error) {
+	if certFile == "" {
 		return nil, nil
 	}
-	cert, err := tls.LoadX509KeyPair(t.CertFile, t.KeyFile)
+	pair, err := newCerts(certFile, keyFile, log)
 	if err != nil {
-		return nil, fmt.Errorf("load certificate %s with key %s: %w", t.CertFile, t.KeyFile, err)
+		return nil, err
 	}
-	c := &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{cert}}
-	if t.RequireClientCert {
-		if c.ClientCAs, err = loadAuthorities(t.CAFile); err != nil {
+	c := &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: pair.Certificate}
+	if clientAuthorities != "" {
+		if c.ClientCAs, err = loadAuthorities(clientAuthorities); err != nil {
 			return nil, err
 		}
 		c.ClientAuth = tls.RequireAndVerifyClientCert
@@ -60,7 +88,16 @@ func (t GRPCTLS) loads() error {
 	if !allReadable(t.CAFile, t.CertFile, t.KeyFile) || (t.CertFile == "") != (t.KeyFile == "") {
 		return nil
 	}
-	_, err := t.Client()
+	_, err := t.Client(zerolog.Nop())
+	return err
+}
+
+// loads is as TLS.loads.
+func (t AdminTLS) loads() error {
+	if !allReadable(t.ClientCAFile, t.CertFile, t.KeyFile) || (t.CertFile == "") != (t.KeyFile == "") {
+		return nil
+	}
+	_, err := t.Server(zerolog.Nop())
 	return err
 }
 

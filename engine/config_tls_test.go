@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/rs/zerolog"
 )
 
 // testCertificate writes a self-signed certificate for host and 127.0.0.1, good for servers, clients
@@ -78,7 +80,7 @@ func TestTLS(t *testing.T) {
 		{"mutual with another's", mutual, TLS{Enabled: true, CAFile: cert, CertFile: otherCert, KeyFile: otherKey}, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			s, err := tc.server.Server()
+			s, err := tc.server.Server(zerolog.Nop())
 			if err != nil {
 				t.Fatal(err)
 			}

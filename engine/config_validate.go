@@ -321,6 +321,13 @@ func (c *Config) crossProblems() []Problem {
 			add(t.prefix+".tls.enabled", "does not work: %v", err)
 		}
 	}
+	if t := &c.Admin.TLS; (t.CertFile == "") != (t.KeyFile == "") {
+		add("admin.tls.cert_file", "must be given together with admin.tls.key_file")
+	} else if t.ClientCAFile != "" && t.CertFile == "" {
+		add("admin.tls.client_ca_file", "needs admin.tls.cert_file and admin.tls.key_file")
+	} else if err := t.loads(); err != nil {
+		add("admin.tls.cert_file", "does not work: %v", err)
+	}
 	return append(list, c.grpcProblems()...)
 }
 
@@ -395,9 +402,12 @@ func (c *Config) Warnings() []string {
 	if c.GRPC.Token != "" && c.GRPC.TLS.CertFile == "" && !loopback(c.GRPC.Addr) {
 		list = append(list, "grpc.token without grpc.tls.cert_file is sent in clear text")
 	}
-	if !loopback(c.Admin.Addr) {
+	if !loopback(c.Admin.Addr) && c.Admin.TLS.ClientCAFile == "" {
 		list = append(list, "admin.addr is not a loopback address and asks for no login: "+
-			"let only your own systems reach it")
+			"let only your own systems reach it, or set admin.tls.client_ca_file")
+	}
+	if c.Admin.Token != "" && c.Admin.TLS.CertFile == "" && !loopback(c.Admin.Addr) {
+		list = append(list, "admin.token without admin.tls.cert_file is sent in clear text")
 	}
 	return list
 }

@@ -226,11 +226,11 @@ func TestGRPCMutualTLS(t *testing.T) {
 	dir := t.TempDir()
 	cert, key := testCertificate(t, dir, "gateway.test")
 	files := GRPCTLS{CertFile: cert, KeyFile: key, CAFile: cert, RequireClientCert: true}
-	server, err := files.Server()
+	server, err := files.Server(zerolog.Nop())
 	if err != nil {
 		t.Fatal(err)
 	}
-	peer, err := files.Client()
+	peer, err := files.Client(zerolog.Nop())
 	if err != nil {
 		t.Fatal(err)
 	}

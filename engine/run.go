@@ -44,11 +44,18 @@ func (e *Engine) startAdmin(context.Context) error {
 	if err != nil {
 		return err
 	}
+	adminTLS, err := e.cfg.Admin.TLS.Server(e.log)
+	if err != nil {
+		return fmt.Errorf("admin.tls: %w", err)
+	}
 	ln, err := net.Listen("tcp", e.cfg.Admin.Addr)
 	if err != nil {
 		return fmt.Errorf("admin port (admin.addr): %w", err)
 	}
 	e.adminAddr = ln.Addr()
+	if adminTLS != nil {
+		ln = tls.NewListener(ln, adminTLS)
+	}
 	e.log.Info().Stringer("addr", e.adminAddr).Msg("admin port listens")
 	e.goTask("admin", func(ctx context.Context) error { return ServeAdmin(ctx, ln, h) })
 	return nil
@@ -219,7 +226,7 @@ func (e *Engine) startShards(context.Context) error {
 	if err != nil {
 		return err
 	}
-	peerTLS, err := e.cfg.GRPC.TLS.Client()
+	peerTLS, err := e.cfg.GRPC.TLS.Client(e.log)
 	if err != nil {
 		return fmt.Errorf("grpc.tls: %w", err)
 	}
@@ -385,7 +392,7 @@ func (e *Engine) until(ctx context.Context, c <-chan struct{}) error {
 }
 
 func (e *Engine) startListener(ctx context.Context) error {
-	grpcTLS, err := e.cfg.GRPC.TLS.Server()
+	grpcTLS, err := e.cfg.GRPC.TLS.Server(e.log)
 	if err != nil {
 		return fmt.Errorf("grpc.tls: %w", err)
 	}
