@@ -3,7 +3,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 TIMEOUT ?= 900s
 
 .DEFAULT_GOAL := help
-.PHONY: help build abuse bench chaos run test test-fast test-unit test-e2e test-real test-chaos test-abuse lint generate clean
+.PHONY: help build abuse bench chaos fuzz run test test-fast test-unit test-e2e test-real test-chaos test-abuse lint generate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,14 @@ abuse: ## abuse a gateway beside well-behaved users and write what each abuse me
 bench: build ## measure this gateway and its peers side by side; needs kafka, etcd, redis and strace, takes about an hour
 	cd bench/peers && $(GO) build -trimpath -o ../../bin/peers/ ./...
 	$(GO) run ./bench/suite $(BENCH_ARGS)
+
+fuzz: ## fuzz every decoder for FUZZTIME each, 30s; or all of them for FUZZMINUTES in total
+	@set -e; list=$$(for p in ./cmd/im-dev/logic ./codec ./engine ./registry ./transport; do \
+		$(GO) test -list '^Fuzz' $$p | sed -n "s|^Fuzz.*|$$p:&|p"; done); \
+	each=$${FUZZTIME:-30s}; \
+	if [ -n "$$FUZZMINUTES" ]; then each=$$((FUZZMINUTES * 60 / $$(echo "$$list" | wc -l)))s; fi; \
+	for t in $$list; do echo "$$t for $$each"; \
+		$(GO) test -run '^$$' -fuzz "^$${t#*:}$$" -fuzztime $$each -fuzzminimizetime 5s $${t%:*}; done
 
 lint: ## gofmt, go vet, staticcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
