@@ -30,6 +30,10 @@ func publish(c *call) {
 		c.fail(http.StatusUnauthorized, string(code), err.Error())
 		return
 	}
+	if id := c.r.URL.Query().Get("device_id"); id != "" && !codec.ValidName(id) {
+		c.fail(http.StatusBadRequest, string(codec.InvalidMessage), "device_id must be at most 128 bytes without control characters")
+		return
+	}
 	body, ok := c.body(min(c.api.o.MaxBodyBytes, c.api.o.MaxMessageBytes), string(codec.MessageTooLarge))
 	if !ok {
 		return

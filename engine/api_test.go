@@ -569,3 +569,13 @@ func TestBodyLimit(t *testing.T) {
 		t.Errorf("%v counted", n)
 	}
 }
+
+func TestPublishDeviceName(t *testing.T) {
+	a := testAPI(t, &fakeAuth{}, nil)
+	for _, id := range []string{strings.Repeat("d", codec.MaxNameLen+1), "a%00b", "%ff"} {
+		w := do(a, http.MethodPost, "/api/messages?device_id="+id, `{"type":"m","data":1}`, "Authorization: Bearer good")
+		if w.Code != 400 || !strings.Contains(w.Body.String(), "device_id") {
+			t.Errorf("device %q: %d %s", id, w.Code, w.Body)
+		}
+	}
+}
