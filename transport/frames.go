@@ -27,6 +27,43 @@ type assembly struct {
 	message    bool   // a message has begun
 	compressed bool   // it is compressed
 	frames     int    // of the message, so far
+	began      int64  // when the message did, Unix ms
+}
+
+// partial is a connection in the middle of a message, or one that was.
+type partial struct {
+	cn *conn
+	at int64 // when the message began, Unix ms
+}
+
+// tickPartials closes the connections that have been in the middle of a message for too long: what has
+// come of it is held all the while.
+func (l *loop) tickPartials() {
+	if len(l.partials) == 0 {
+		return
+	}
+	most := l.s.opts.HeartbeatTimeout
+	if l.s.pressed.Load() {
+		most = min(most, l.s.opts.HandshakeTimeout)
+	}
+	list := l.partials
+	l.partials = nil
+	kept := list[:0]
+	for _, p := range list {
+		a := p.cn.asm
+		switch {
+		case p.cn.state != stateOpen || a == nil || !a.message || a.began != p.at:
+		case l.now-p.at > most.Milliseconds():
+			l.fail(p.cn, codec.ClosePolicy, reasonUnfinished)
+		default:
+			kept = append(kept, p)
+		}
+	}
+	clear(list[len(kept):])
+	l.partials = append(kept, l.partials...)
+	if len(l.partials) == 0 {
+		l.partials = nil
+	}
 }
 
 // maxPooledMessage keeps huge buffers out of the pool.
@@ -235,6 +272,8 @@ func (cn *conn) begin(h frameHeader) {
 	a := cn.assemble()
 	if !a.message {
 		a.message, a.op, a.compressed, a.checked, a.frames, a.buf = true, h.op, h.compressed, 0, 0, a.buf[:0]
+		a.began = cn.l.now
+		cn.l.partials = append(cn.l.partials, partial{cn, a.began})
 	}
 	if a.frames++; a.frames > cn.l.s.opts.MaxFragments || !h.fin && cn.spend(fragmentCost, 0) == farBeyond {
 		cn.l.s.metrics.refuse(codec.RateLimited)

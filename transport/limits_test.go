@@ -301,6 +301,41 @@ func TestFragments(t *testing.T) {
 	}
 }
 
+// TestUnfinishedMessages: a message must come within the time of silence, however busy its client is, and
+// sooner while memory is short.
+func TestUnfinishedMessages(t *testing.T) {
+	whole := text(`{"type":"send-message","message_id":"m","data":"` + strings.Repeat("x", 1000) + `"}`)
+	slowly := func(t *testing.T, c *client) {
+		t.Helper()
+		go func() {
+			for i := range whole[:500] {
+				if _, err := c.Write([]byte(whole[i : i+1])); err != nil {
+					return
+				}
+				time.Sleep(20 * time.Millisecond)
+			}
+		}()
+		if code := c.closed(); code != ws.StatusPolicyViolation {
+			t.Errorf("closed with %d", code)
+		}
+		_ = c.Close()
+	}
+	t.Run("time", func(t *testing.T) {
+		s, sink := start(t, func(o *Options) { o.HeartbeatTimeout = 500 * time.Millisecond })
+		good := connect(t, s, "good")
+		good.send(whole[:100])
+		good.send(whole[100:])
+		sink.next(t, codec.EventMessage)
+		slowly(t, connect(t, s, "bad"))
+	})
+	t.Run("pressure", func(t *testing.T) {
+		s, _ := start(t, func(o *Options) { o.HandshakeTimeout = 500 * time.Millisecond })
+		c := connect(t, s, "bad")
+		s.SetPressure(true)
+		slowly(t, c)
+	})
+}
+
 // TestHandshakeRate: beyond the rate of upgrades the answer is 503 with Retry-After.
 func TestHandshakeRate(t *testing.T) {
 	s, _ := start(t, func(o *Options) { o.HandshakesPerSecond = 2 })

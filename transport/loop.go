@@ -55,6 +55,7 @@ type loop struct {
 	lingering []*conn
 	suspects  []*conn // silent for long
 	backlog   []waiting
+	partials  []partial
 }
 
 // task is work for a loop that may be handed to it again and again without an allocation of ours.
@@ -365,6 +366,7 @@ func (l *loop) tick() {
 	l.tickLingering()
 	l.tickBacklog()
 	l.tickSuspects()
+	l.tickPartials()
 }
 
 // tickHeads ends the connections whose time for their first head is over, and so many of the oldest

@@ -8,20 +8,21 @@ import (
 
 // The fixed names of why a connection ended: close reasons, log fields and events alike.
 const (
-	reasonPeer      = "closed by client"
-	reasonLost      = "connection lost"
-	reasonProtocol  = "protocol error"
-	reasonDeflate   = "compressed data is not valid"
-	reasonUTF8      = "text is not valid UTF-8"
-	reasonTooBig    = "message too large"
-	reasonBinary    = "im.json.v1 takes text frames only"
-	reasonText      = "im.proto.v1 takes binary frames only"
-	reasonSlow      = "too much is waiting to be read"
-	reasonSilent    = "heartbeat missed"
-	reasonInternal  = "internal error"
-	reasonFlood     = "too many messages"
-	reasonFragments = "message in too many pieces"
-	reasonAuth      = "token refused"
+	reasonPeer       = "closed by client"
+	reasonLost       = "connection lost"
+	reasonProtocol   = "protocol error"
+	reasonDeflate    = "compressed data is not valid"
+	reasonUTF8       = "text is not valid UTF-8"
+	reasonTooBig     = "message too large"
+	reasonBinary     = "im.json.v1 takes text frames only"
+	reasonText       = "im.proto.v1 takes binary frames only"
+	reasonSlow       = "too much is waiting to be read"
+	reasonSilent     = "heartbeat missed"
+	reasonInternal   = "internal error"
+	reasonFlood      = "too many messages"
+	reasonFragments  = "message in too many pieces"
+	reasonUnfinished = "message took too long"
+	reasonAuth       = "token refused"
 )
 
 // message handles one whole message; payload is the loop's until this returns.

@@ -48,7 +48,7 @@ type Options struct {
 	HeadBytes        int           // of an upgrade request; 8 KiB
 	HandshakeTimeout time.Duration // from accept to a whole head; 10 s
 	Heartbeat        time.Duration // between the shards' ping commands; 30 s
-	HeartbeatTimeout time.Duration // silence after which a connection is closed with 4001; 75 s
+	HeartbeatTimeout time.Duration // silence after which a connection is closed with 4001, and the most for one message; 75 s
 	EgressBudget     int           // bytes; beyond it and 64 KiB the loop itself closes with 4000; 1 MiB
 	MaxConnections   int           // 0, or more than RLIMIT_NOFILE allows with a head-room: that
 	MaxFragments     int           // frames of one message; 1024
