@@ -210,6 +210,9 @@ type Auth struct {
 	Audience string `koanf:"audience"`
 	// The difference between the clocks that is tolerated in exp and nbf.
 	Leeway time.Duration `koanf:"leeway" range:"0s..10m"`
+	// Follow the deny list in Redis (im-deny): a token on it is refused, and its sessions are closed with
+	// 4501 within a second.
+	DenyList bool `koanf:"deny_list"`
 }
 
 // Kafka is the connection to Kafka, the topics and the limits on what is under way.

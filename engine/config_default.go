@@ -143,7 +143,7 @@ func Default() Config {
 
 			MemoryHighWaterPercent: DefaultMemoryHighWaterPercent,
 		},
-		Auth: Auth{Algorithm: DefaultAlgorithm, Leeway: DefaultLeeway},
+		Auth: Auth{Algorithm: DefaultAlgorithm, Leeway: DefaultLeeway, DenyList: true},
 		Kafka: Kafka{
 			Brokers:               []string{DefaultKafkaBroker},
 			UpstreamTopic:         DefaultUpstreamTopic,

@@ -134,6 +134,9 @@ func newVerifier(a Auth) (*transport.Verifier, error) {
 		Algorithm: a.Algorithm, Secret: []byte(a.HS256Secret), PreviousSecret: []byte(a.PreviousSecret),
 		Issuer: a.Issuer, Audience: a.Audience, Leeway: a.Leeway,
 	}
+	if a.DenyList {
+		o.Denials = transport.NewDenials()
+	}
 	if a.PublicKeyFile != "" {
 		key, err := os.ReadFile(a.PublicKeyFile)
 		if err != nil {

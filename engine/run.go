@@ -20,7 +20,7 @@ import (
 // start brings the parts up in order. What it has started when it fails, stop ends.
 func (e *Engine) start(ctx context.Context) error {
 	for _, step := range []func(context.Context) error{
-		e.startAdmin, e.startEtcd, e.startTopics, e.startRedis, e.startShards, e.startKafka,
+		e.startAdmin, e.startEtcd, e.startTopics, e.startRedis, e.startDenyList, e.startShards, e.startKafka,
 		e.startListener, e.startRegistration,
 	} {
 		if err := step(ctx); err != nil {
@@ -213,6 +213,33 @@ func (e *Engine) startRedis(ctx context.Context) error {
 		return err
 	}
 	e.ready.Met(needRedis)
+	return nil
+}
+
+// startDenyList reads the deny list before the first token is checked, and follows it.
+func (e *Engine) startDenyList(ctx context.Context) error {
+	if !e.cfg.Auth.DenyList {
+		return nil
+	}
+	denials := e.verifier.Denials()
+	list, err := registry.NewDenyList(registry.DenyListOptions{
+		Redis: e.redis, Logger: e.log, Registerer: e.metrics,
+		Add: func(d registry.Denial) { denials.Add(transport.Denial(d)) },
+		Replace: func(list []registry.Denial) {
+			all := make([]transport.Denial, len(list))
+			for i, d := range list {
+				all[i] = transport.Denial(d)
+			}
+			denials.Replace(all)
+		},
+	})
+	if err != nil {
+		return err
+	}
+	if err := e.await(ctx, needRedis, list.Load); err != nil {
+		return err
+	}
+	e.goTask("deny list", list.Run)
 	return nil
 }
 

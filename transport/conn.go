@@ -40,7 +40,9 @@ type conn struct {
 	user     string
 	id       codec.SessionID // 0: no session
 	lastRead int64           // Unix ms
-	expires  int64           // of the token, Unix ms
+	token    uint64          // hash of the token's jti; see Denials
+	expires  uint32          // of the token, Unix s
+	issued   uint32          // of the token, Unix s
 	written  uint64          // bytes that the connection was asked to write
 	asm      *assembly       // of a message that came in pieces; nil while there is none
 	*aside                   // what few connections have; noAside for the others
@@ -55,6 +57,11 @@ type conn struct {
 	deflate  bool // compression has been agreed
 
 	unfinished bool // of its first head
+}
+
+// keep notes what the session's token says.
+func (cn *conn) keep(who Identity) {
+	cn.token, cn.expires, cn.issued = who.tokenHash, seconds(who.ExpiresAt/1000), seconds(who.IssuedAt)
 }
 
 // aside is what only some connections have, and only for a while.

@@ -156,11 +156,12 @@ func TestSlowVerifierAfterHTTP(t *testing.T) {
 	}
 	block, release := blocker()
 	eventually(t, func() bool {
+		held := int(running.Load()) == max(1, runtime.NumCPU()/2) // before: then the queue stays full
 		select {
 		case s.verify <- block:
 			return false
 		default:
-			return int(running.Load()) == max(1, runtime.NumCPU()/2)
+			return held
 		}
 	})
 	refused := dial(t, s)

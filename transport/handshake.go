@@ -401,7 +401,7 @@ func (cn *conn) finishUpgrade(head []byte, inBuffer int, w wish, who Identity, e
 		return
 	}
 	if !l.s.opts.Echo {
-		cn.expires = who.ExpiresAt
+		cn.keep(who)
 		l.startSession(cn, who, w)
 	}
 	if len(rest) > 0 {

@@ -51,6 +51,8 @@ type loop struct {
 	unfinished int        // of them those that have not
 	turnedAway int        // connections being told that there is no room
 
+	revoker revoker
+
 	shaking   []shake // TLS handshakes, oldest first, and some that are over
 	lingering []*conn
 	suspects  []*conn // silent for long
@@ -116,6 +118,7 @@ func newLoop(s *Server, index int) *loop {
 	l.flushing = task{l: l, f: (*loop).flush}
 	l.ticking.init(l, (*loop).tick)
 	l.resuming.init(l, (*loop).flush)
+	l.revoker.step.init(l, (*loop).revokeSome)
 	if s.opts.Echo {
 		return l
 	}
@@ -362,6 +365,7 @@ func (l *loop) flush() {
 func (l *loop) tick() {
 	spare.ready()
 	l.tickHeads(0)
+	l.tickRevoked()
 	l.tickShaking()
 	l.tickLingering()
 	l.tickBacklog()

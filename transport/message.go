@@ -22,6 +22,7 @@ const (
 	reasonFlood      = "too many messages"
 	reasonFragments  = "message in too many pieces"
 	reasonUnfinished = "message took too long"
+	reasonRevoked    = "token revoked"
 	reasonAuth       = "token refused"
 )
 
@@ -177,10 +178,10 @@ func (cn *conn) refreshed(who Identity, err error) {
 		cn.reply(cn.protocol.AppendError(l.scratch[:0], codec.AuthFailed, err.Error(), l.now))
 	case who.User != cn.user:
 		cn.reply(cn.protocol.AppendError(l.scratch[:0], codec.AuthFailed, "the token is another user's", l.now))
-	case who.ExpiresAt <= cn.expires:
+	case seconds(who.ExpiresAt/1000) <= cn.expires:
 		cn.reply(cn.protocol.AppendError(l.scratch[:0], codec.AuthFailed, "the token does not expire later than the one before", l.now))
 	default:
-		cn.expires = who.ExpiresAt
+		cn.keep(who)
 		l.emit(codec.Event{Kind: codec.EventRefresh, Session: cn.id, Value: who.ExpiresAt})
 	}
 }

@@ -17,6 +17,7 @@ type metrics struct {
 	messagesIn    prometheus.Counter
 	messagesOut   prometheus.Counter
 	deflated      prometheus.Counter
+	revoked       prometheus.Counter
 	panics        prometheus.Counter
 	handovers     prometheus.Counter
 	stalls        prometheus.Counter
@@ -50,6 +51,7 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 		messagesIn:  counter("messages_received_total", "WebSocket messages received."),
 		messagesOut: counter("frames_sent_total", "Frames written for the shards."),
 		deflated:    counter("compression_saved_bytes_total", "Bytes of messages to clients that compression has saved."),
+		revoked:     counter("revoked_sessions_total", "Sessions closed because their token was denied."),
 		panics:      counter("panics_total", "Panics caught in an event loop."),
 		handovers:   counter("http_handovers_total", "Connections handed to the HTTP server."),
 		stalls:      counter("shard_stalls_total", "How often a shard's queue was found full."),

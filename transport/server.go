@@ -167,6 +167,7 @@ type Server struct {
 	log     zerolog.Logger // sampled
 	origin  originCheck
 	perAddr *addressLimits
+	denials *Denials    // nil: none
 	tls     *tls.Config // nil: none
 
 	forwarding forwarding
@@ -231,6 +232,7 @@ func New(opts Options) (*Server, error) {
 		s.loops = append(s.loops, l)
 	}
 	if !opts.Echo {
+		s.denials = opts.Verifier.Denials()
 		s.http = newHTTPFront(s)
 		if opts.Verifier.Slow() {
 			s.verify = make(chan func(), verifyQueue)

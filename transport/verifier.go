@@ -29,6 +29,7 @@ var (
 	ErrTokenMissing = errors.New("a token is needed: Authorization: Bearer, the subprotocol bearer.<token>, or ?token=")
 	ErrTokenExpired = errors.New("the token has expired")
 	ErrTokenRefused = errors.New("the token is not valid")
+	ErrTokenRevoked = errors.New("the token has been revoked")
 )
 
 // Bounds of what is taken.
@@ -46,6 +47,7 @@ type VerifierOptions struct {
 	Issuer         string // checked when set
 	Audience       string // checked when set
 	Leeway         time.Duration
+	Denials        *Denials         // tokens that are refused all the same; optional
 	Now            func() time.Time // time.Now
 }
 
@@ -55,6 +57,9 @@ type Identity struct {
 	ExpiresAt int64  // Unix ms, leeway included: when the session ends
 	DeviceID  string // from the claim device_id; empty: none
 	Device    string // the kind of device, from the claim device; empty: none
+	IssuedAt  int64  // Unix s; 0: the token does not say
+
+	tokenHash uint64 // of the claim jti, by Denials.hash
 }
 
 // Verifier checks access tokens. It may be used from any goroutine.
@@ -100,6 +105,9 @@ func NewVerifier(o VerifierOptions) (*Verifier, error) {
 	return v, nil
 }
 
+// Denials is the list of the tokens that are refused all the same, or nil.
+func (v *Verifier) Denials() *Denials { return v.o.Denials }
+
 func publicKey(text []byte) (any, error) {
 	block, _ := pem.Decode(text)
 	if block == nil {
@@ -141,7 +149,8 @@ func (v *Verifier) Slow() bool {
 	}
 }
 
-// Verify checks a token. The error is ErrTokenMissing, ErrTokenExpired or ErrTokenRefused.
+// Verify checks a token. The error is ErrTokenMissing, ErrTokenExpired, ErrTokenRefused or
+// ErrTokenRevoked.
 //
 // Only the signature is jwx's to check: its tokens are maps, which cost more than all the rest of
 // a connect.
@@ -229,6 +238,7 @@ func (v *Verifier) signed(input, signature []byte) bool {
 type claims struct {
 	user, subject, issuer string
 	deviceID, device      string
+	tokenID               string
 	named                 bool // user is set
 	expires, from, issued float64
 	expiring              bool
@@ -250,6 +260,8 @@ func (c *claims) read(payload []byte) bool {
 			c.subject, right = value.Str, value.Type == gjson.String
 		case "iss":
 			c.issuer, right = value.Str, value.Type == gjson.String
+		case "jti":
+			c.tokenID, right = value.Str, value.Type == gjson.String
 		case "device_id":
 			c.deviceID, right = value.Str, value.Type == gjson.String && codec.ValidName(value.Str)
 		case "device":
@@ -302,7 +314,15 @@ func (v *Verifier) identify(c *claims) (Identity, error) {
 	if !codec.ValidName(user) {
 		return Identity{}, ErrTokenRefused
 	}
+	var hash uint64
+	if d := v.o.Denials; d != nil {
+		hash = d.hash(c.tokenID)
+		if d.denies(hash, user, seconds(int64(c.issued)), v.o.Now().Unix()) {
+			return Identity{}, ErrTokenRevoked
+		}
+	}
 	return Identity{
+		tokenHash: hash, IssuedAt: int64(c.issued),
 		User: strings.Clone(user), ExpiresAt: int64(c.expires)*1000 + v.o.Leeway.Milliseconds(),
 		DeviceID: strings.Clone(c.deviceID), Device: strings.Clone(c.device),
 	}, nil
