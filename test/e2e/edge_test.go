@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"fmt"
 	"math/big"
 	"net"
 	"net/http"
@@ -20,6 +21,9 @@ import (
 	"time"
 
 	"github.com/coder/websocket"
+	"github.com/lestrrat-go/jwx/v2/jwa"
+	"github.com/lestrrat-go/jwx/v2/jwt"
+	"github.com/redis/rueidis"
 )
 
 // keyPair writes a certificate for localhost with its key and adds it to roots.
@@ -187,5 +191,68 @@ func TestConnectionsOfOneAddress(t *testing.T) {
 	b := make([]byte, 12)
 	if _, err := c.Read(b); err != nil || string(b) != "HTTP/1.1 200" {
 		t.Errorf("%q, %v", b, err)
+	}
+}
+
+// TestDeniedTokens: a token on the deny list, by its name or as one of a user's, is closed at once and
+// does not get in again, on any gateway, also on one that starts later.
+func TestDeniedTokens(t *testing.T) {
+	g := start(t, "deny-1", nil)
+	named, all, bystander := user("deny"), user("deny"), user("deny")
+	sign := func(name, id string) http.Header {
+		tok, err := jwt.NewBuilder().Claim("user_id", name).JwtID(id).IssuedAt(time.Now()).Expiration(time.Now().Add(time.Hour)).Build()
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := jwt.Sign(tok, jwt.WithKey(jwa.HS256, []byte(secret)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return http.Header{"Authorization": {"Bearer " + hide(string(b))}}
+	}
+	id := "token-of-" + named
+	headers := map[string]http.Header{named: sign(named, id), all: sign(all, ""), bystander: sign(bystander, "another")}
+	sessions := map[string]*client{}
+	for name, h := range headers {
+		c, err := dial(t, g, name, "/ws", h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sessions[name] = c
+	}
+	cache, err := rueidis.NewClient(rueidis.ClientOption{InitAddress: []string{env.redis}, DisableCache: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cache.Close()
+	until := time.Now().Add(time.Hour).Unix()
+	for _, member := range []string{"jti:" + id, fmt.Sprintf("user:%d:%s", time.Now().Unix(), all)} {
+		for _, cmd := range []rueidis.Completed{
+			cache.B().Zadd().Key("im-deny").ScoreMember().ScoreMember(float64(until), member).Build(),
+			cache.B().Publish().Channel("im-deny").Message(fmt.Sprintf("%d %s", until, member)).Build(),
+		} {
+			if err := cache.Do(t.Context(), cmd).Error(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	later := start(t, "deny-2", nil)
+	for _, name := range []string{named, all} {
+		if code := sessions[name].closed(); code != 4501 {
+			t.Errorf("%s: closed with %d", name, code)
+		}
+		for _, g := range []*gateway{g, later} {
+			if _, err := dial(t, g, name, "/ws", headers[name]); err == nil || !strings.Contains(err.Error(), "status 401") {
+				t.Errorf("%s at %s: %v", name, g.id, err)
+			}
+		}
+		if a := post(t, g, "/api/messages", `{"type":"send-message","message_id":"x","data":{}}`, headers[name]); a.Status != 401 {
+			t.Errorf("%s over HTTP: %d", name, a.Status)
+		}
+	}
+	sessions[bystander].send("ping", "", nil)
+	sessions[bystander].wait("pong")
+	if _, err := dial(t, later, bystander, "/ws", headers[bystander]); err != nil {
+		t.Error(err)
 	}
 }
