@@ -184,6 +184,13 @@ func FuzzFramesDifferential(f *testing.F) {
 			f.Add([]byte(s.input))
 		}
 	}
+	for _, s := range []string{
+		"\x81\xfe\x00\x01" + wireMask + wireMasked("a"), "\x81\xff\x00\x00\x00\x00\x00\x00\x01\x00" + wireMask,
+		"\x81\xff\x80\x00\x00\x00\x00\x00\x00\x00" + wireMask, "\x81\x01a",
+		wire(opText, strings.Repeat("a", 1000)) + wireHead(fin|opCont, 25), wireHead(fin|opCont, 2000), wireHead(opText, 10) + wireMasked("a\xff"),
+	} {
+		f.Add([]byte(s))
+	}
 	l := bareLoop(f, &dropSink{}, func(o *Options) { o.Echo, o.MaxMessageBytes, o.MaxFragments = true, 1<<10, 1<<20 })
 	f.Fuzz(func(t *testing.T, input []byte) {
 		input, at, code := strictness(input, l.s.opts.MaxMessageBytes)

@@ -180,13 +180,18 @@ func FuzzVerify(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	good := string(signed(f, jwa.HS256, secret))
-	f.Add(good)
+	f.Add(fuzzToken)
 	f.Add("..")
 	f.Add(`{"payload":"","signatures":[]}`)
 	f.Fuzz(func(t *testing.T, token string) {
 		who, err := v.Verify([]byte(token))
-		if err == nil && token[:strings.LastIndexByte(token, '.')] != good[:strings.LastIndexByte(good, '.')] {
+		if err != nil {
+			return
+		}
+		input, signature := token[:strings.LastIndexByte(token, '.')], token[strings.LastIndexByte(token, '.')+1:]
+		mac := hmac.New(sha256.New, secret)
+		mac.Write([]byte(input))
+		if signature != base64.RawURLEncoding.EncodeToString(mac.Sum(nil)) {
 			t.Errorf("%q is %+v", token, who)
 		}
 	})
