@@ -315,14 +315,14 @@ func (r *running) resident(ctx context.Context, s *procstat.Sampler) (int64, err
 	return s.RSS(1)
 }
 
-// settled waits until only the users are left: their sessions, their connections, nothing open.
+// settled waits until only the users are left, their sessions and connections, and memory is not short.
 func (r *running) settled(ctx context.Context) {
 	const slack = 4 // newcomers
 	var sessions, connections float64
 	left := until(ctx, func() bool {
 		m, err := r.g.Metrics(ctx)
 		sessions, connections = m["im_gateway_transport_sessions"], m["im_gateway_transport_connections"]
-		return err == nil && sessions <= float64(r.users+slack) && connections <= float64(r.users+slack)
+		return err == nil && m["im_gateway_memory_pressure"] == 0 && sessions <= float64(r.users+slack) && connections <= float64(r.users+slack)
 	})
 	r.check(left, "%d users are there, but %v sessions and %v connections", r.users, sessions, connections)
 }

@@ -163,6 +163,14 @@ var rows = []row{
 		moved: []string{counter(closes, "code", "1008")},
 	},
 	{
+		name: "half messages", what: "sessions that send 60 KiB of a message, and then a byte every 2 s", hold: 15 * time.Second,
+		limit:    "websocket.heartbeat_timeout",
+		spec:     attack.Spec{Kind: "half messages", N: 5000, Pace: 2 * time.Second, Again: true, Rest: time.Second},
+		settings: map[string]string{"websocket.heartbeat": "2s", "websocket.heartbeat_timeout": "6s"},
+		expect:   []string{"close 1008"}, allow: []string{open},
+		moved: []string{counter(closes, "code", "1008")},
+	},
+	{
 		name: "half-open connections", what: "nothing is sent after the connect, or after the upgrade; hosts that vanish",
 		hold: 14 * time.Second, limit: "websocket.handshake_timeout, heartbeat_timeout",
 		spec:     attack.Spec{Kind: "half open", N: 5001},
@@ -213,6 +221,15 @@ var rows = []row{
 		moved: []string{counter(overTLS, "result", "ok")},
 	},
 	{
+		name: "memory", what: "sessions that send 60 KiB of a message and then a byte every 2 s, more than there is memory for", hold: 16 * time.Second,
+		limit:    "limits.memory_high_water_percent, then websocket.handshake_timeout",
+		spec:     attack.Spec{Kind: "half messages", N: 5000, Pace: 2 * time.Second, Again: true, Rest: time.Second},
+		settings: map[string]string{"GOMEMLIMIT": "160MiB"},
+		expect:   []string{"HTTP 503", "close 1008"}, allow: []string{open, reset, ended},
+		moved:    []string{counter("im_gateway_transport_pressure_refused_total", "what", "connection"), counter(closes, "code", "1008")},
+		refusals: true,
+	},
+	{
 		name: "one address", what: "connections from one address", short: 200, hold: 5 * time.Second,
 		limit:    "limits.connections_per_ip",
 		spec:     attack.Spec{Kind: "hold", N: 3000, From: attack.OneAddress},
@@ -233,6 +250,8 @@ var rows = []row{
 		limit:  "limits.logins_per_ip, limits.logins_per_name",
 		spec:   attack.Spec{Kind: "logins", N: 100, Again: true, Rest: 50 * time.Millisecond},
 		expect: []string{"HTTP 429", "HTTP 200"}, allow: []string{open},
+		moved:    []string{counter("im_gateway_http_logins_refused_total", "limit", "ip"), counter("im_gateway_http_logins_refused_total", "limit", "name")},
+		settings: map[string]string{"limits.logins_per_ip": "60", "limits.logins_per_name": "10"}, // the defaults
 	},
 	{
 		name: "more connections than descriptors", what: "sessions beyond the node's bound, which follows from its open files",

@@ -29,6 +29,7 @@ var kinds = map[string]func(context.Context, *attacker) string{
 	"messages":       messages,
 	"large messages": largeMessages,
 	"fragments":      fragments,
+	"half messages":  halfMessages,
 	"heads":          heads,
 	"invalid frames": invalidFrames,
 	"bombs":          bombs,
@@ -170,6 +171,22 @@ func fragments(ctx context.Context, a *attacker) string {
 		payload = nil
 	}
 	return c.press(after(frame(ws.OpText, false, []byte(`"`)), repeat(bytes.Repeat(frame(ws.OpContinuation, false, payload), 200))))
+}
+
+// halfMessages begin a message of the largest size and take their time with its end.
+func halfMessages(ctx context.Context, a *attacker) string {
+	c, outcome := a.open(ctx, 0, "")
+	if c == nil {
+		return outcome
+	}
+	whole := frame(ws.OpText, true, bytes.Repeat([]byte("x"), 64<<10))
+	at := 60 << 10
+	return c.press(after(whole[:at], func() []byte {
+		if at++; at == len(whole) {
+			return nil
+		}
+		return whole[at-1 : at]
+	}))
 }
 
 // headBytes is websocket.head_bytes.

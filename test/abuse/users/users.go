@@ -28,7 +28,7 @@ type Options struct {
 	Users  int
 	// Every is the time between two messages of a user, and between two records for one.
 	Every time.Duration
-	// A message without a result after AckWithin, or a record that has not arrived after PushWithin, is lost.
+	// A message without an answer after AckWithin, or a record that has not arrived after PushWithin, is lost.
 	AckWithin, PushWithin time.Duration
 	Broker                string
 	Topic                 string // the gateway's downstream topic
@@ -74,6 +74,7 @@ type user struct {
 	lost     bool // its connection ended, which has been counted
 	name     string
 	first    time.Time // of the outstanding message; zero: none
+	sent     time.Time // when it was sent last
 	again    time.Time // when it is to be sent again; zero: it waits for its ack
 	next     time.Time
 	push     time.Time // when it is pushed next
@@ -239,17 +240,17 @@ func (g *Group) turn(now time.Time) {
 			continue
 		}
 		switch {
-		case !u.first.IsZero() && now.Sub(u.first) > g.o.AckWithin:
+		case !u.first.IsZero() && u.again.IsZero() && now.Sub(u.sent) > g.o.AckWithin:
 			g.now.Errors["lost ack"]++
 			u.first, u.again = time.Time{}, time.Time{}
 		case !u.again.IsZero() && now.After(u.again):
 			u.again = time.Time{}
-			g.send(u)
+			g.send(u, now)
 		case u.first.IsZero() && now.After(u.next) && !g.quiet:
 			u.seq++
 			u.name = "m-" + strconv.Itoa(u.seq)
 			u.first, u.next = now, u.next.Add(g.o.Every)
-			g.send(u)
+			g.send(u, now)
 		}
 		if now.After(u.push) && !g.quiet {
 			u.push = u.push.Add(g.o.Every)
@@ -266,7 +267,8 @@ func (g *Group) turn(now time.Time) {
 
 var padding = strings.Repeat("x", 100)
 
-func (g *Group) send(u *user) {
+func (g *Group) send(u *user, now time.Time) {
+	u.sent = now
 	text := fmt.Appendf(nil, `{"type":"send-message","message_id":%q,"data":{"content":%q}}`, u.name, padding)
 	g.frame = fleet.AppendText(g.frame[:0], text)
 	_ = g.fleet.Write(u.c, g.frame) // Closed tells
