@@ -42,7 +42,7 @@ func (r *raw) Encode() ([]byte, error) { return *r, nil }
 func (r *raw) Length() int             { return len(*r) }
 
 // bytesOf views a string as bytes that are only read.
-func bytesOf(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) }
+func bytesOf(s string) []byte { return unsafe.Slice(unsafe.StringData(s), len(s)) } // #nosec G103 -- only read
 
 // upstreamRecord is a client message in sarama's hands. It is pooled: sarama keeps nothing of a
 // message that came back as a success.

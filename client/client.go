@@ -249,7 +249,7 @@ func (c *Client) connections(ctx context.Context) error {
 			after = bo.NextBackOff()
 		}
 		if u, ok := errors.AsType[*unavailableError](err); ok {
-			notBefore[i] = time.Now().Add(u.after + rand.N(u.after/5+1))
+			notBefore[i] = time.Now().Add(u.after + rand.N(u.after/5+1)) // #nosec G404 -- spreads load
 		}
 		after = max(after, time.Until(notBefore[c.pick(at+1, notBefore)]))
 		c.state(State{Phase: Reconnecting, Err: err, Code: code, Reason: reason, After: after})

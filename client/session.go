@@ -264,7 +264,7 @@ func (s *session) take(f frame) error {
 		}
 		s.mu.Lock()
 		if s.leave.IsZero() {
-			s.leave = time.Now().Add(rand.N(hint(d.RetryAfterMs) + 1))
+			s.leave = time.Now().Add(rand.N(hint(d.RetryAfterMs) + 1)) // #nosec G404 -- spreads load
 		}
 		s.mu.Unlock()
 		s.c.outbox.signal()

@@ -145,7 +145,7 @@ func (t *Takeover) due(orphans []registry.Orphan, now time.Time) (due []registry
 		}
 		s, again := t.seen[o.GatewayID]
 		if !again || s.revision != o.Revision {
-			s = sighting{o.Revision, now, t.o.After + rand.N(t.o.After/takeoverJitter+1)}
+			s = sighting{o.Revision, now, t.o.After + rand.N(t.o.After/takeoverJitter+1)} // #nosec G404 -- spreads load
 		}
 		seen[o.GatewayID] = s
 		if now.Sub(s.since) >= s.after {

@@ -380,7 +380,7 @@ func (s *shard) goLive(ses *session, degraded bool) {
 			Bool("degraded", degraded).Msg("connected")
 	}
 	// A storm of connects is spread over the interval from here on.
-	phase := rand.Uint32N(s.heartbeatTicks)
+	phase := rand.Uint32N(s.heartbeatTicks) // #nosec G404 -- spreads load
 	ses.pinged = s.wheel.now - phase
 	ses.refreshed = s.wheel.now - phase%s.refreshTicks // in one go with the ping where they are as often
 	unschedule(ses)                                    // from the end of the claim's timeout

@@ -240,7 +240,7 @@ func (cn *conn) decrypt(t *secure) error {
 	if _, derr := cn.c.Discard(-1); derr != nil {
 		return derr
 	}
-	cn.writeSealed() // a key update has an answer
+	_ = cn.writeSealed() // a key update has an answer; gnet closes a connection that cannot be written to
 	if len(t.in) == 0 {
 		cn.consumed(t)
 	}

@@ -200,7 +200,7 @@ func parse(b []byte) (o gjson.Result, ok bool) {
 	if !gjson.ValidBytes(b) {
 		return o, false
 	}
-	o = gjson.Parse(unsafe.String(unsafe.SliceData(b), len(b)))
+	o = gjson.Parse(unsafe.String(unsafe.SliceData(b), len(b))) // #nosec G103 -- b outlives o and is not written to
 	return o, o.IsObject()
 }
 
