@@ -250,6 +250,9 @@ func (g *Group) turn(now time.Time) {
 			u.seq++
 			u.name = "m-" + strconv.Itoa(u.seq)
 			u.first, u.next = now, u.next.Add(g.o.Every)
+			if u.next.Before(now) { // it had to wait: it does not catch up
+				u.next = now.Add(g.o.Every)
+			}
 			g.send(u, now)
 		}
 		if now.After(u.push) && !g.quiet {
