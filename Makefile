@@ -42,7 +42,7 @@ chaos: ## break every part under traffic and judge what became of each message; 
 test-abuse:
 	$(GO) run ./test/abuse -short
 
-abuse: ## abuse a gateway beside well-behaved users and write what each abuse met; needs kafka, etcd, redis and root, takes about 10 minutes
+abuse: ## abuse a gateway beside well-behaved users and write what each abuse met; needs kafka, etcd, redis and root, takes about 12 minutes
 	$(GO) run ./test/abuse -out docs/abuse $(ABUSE_ARGS)
 
 bench: build ## measure this gateway and its peers side by side; needs kafka, etcd, redis and strace, takes about an hour

@@ -199,7 +199,7 @@ var rows = []row{
 		moved: []string{counter(closes, "code", "1009")},
 	},
 	{
-		name: "reconnect storm beyond the rate", what: "the same with 300 upgrades a second allowed", hold: 10 * time.Second,
+		name: "reconnect storm beyond the rate", what: "the same with 500 upgrades a second allowed", hold: 10 * time.Second,
 		limit:    "limits.handshakes_per_second",
 		spec:     attack.Spec{Kind: "storm", N: 3000, Again: true, Rest: 500 * time.Millisecond},
 		settings: map[string]string{"limits.handshakes_per_second": "500"},
