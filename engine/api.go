@@ -16,6 +16,7 @@ import (
 
 	"im-gateway/codec"
 	"im-gateway/codec/logicpb"
+	"im-gateway/transport"
 )
 
 // Caller is who sends a message by the HTTP API.
@@ -64,15 +65,15 @@ type APIOptions struct {
 // API is the HTTP API of the public port. It is safe for concurrent use; each request runs on the
 // goroutine of its connection.
 type API struct {
-	o         APIOptions
-	routes    map[string]*route // by path
-	other     *route            // what unknown paths are counted as
-	anyOrigin bool
-	slots     chan struct{} // one element per request being served
-	refused   prometheus.Counter
-	tooLarge  prometheus.Counter // bodies
-	logins    *logins
-	trouble   zerolog.Logger // sampled: an outage fails thousands of requests
+	o        APIOptions
+	routes   map[string]*route // by path
+	other    *route            // what unknown paths are counted as
+	origins  transport.Origins
+	slots    chan struct{} // one element per request being served
+	refused  prometheus.Counter
+	tooLarge prometheus.Counter // bodies
+	logins   *logins
+	trouble  zerolog.Logger // sampled: an outage fails thousands of requests
 }
 
 // route is one path of the API.
@@ -107,10 +108,10 @@ func NewAPI(o APIOptions) (*API, error) {
 		return nil, fmt.Errorf("HTTP API: %d requests at once, bodies of %d bytes", o.MaxRequests, o.MaxBodyBytes)
 	}
 	a := &API{
-		o:         o,
-		routes:    map[string]*route{},
-		anyOrigin: slices.Contains(o.Origins, "*"),
-		slots:     make(chan struct{}, o.MaxRequests),
+		o:       o,
+		routes:  map[string]*route{},
+		origins: transport.NewOrigins(o.Origins),
+		slots:   make(chan struct{}, o.MaxRequests),
 		trouble: o.Logger.Sample(&zerolog.BurstSampler{
 			Burst: 10, Period: time.Second, NextSampler: &zerolog.BasicSampler{N: 1000},
 		}),
@@ -251,16 +252,16 @@ func allow(methods []string) string { return strings.Join(methods, ", ") + ", OP
 // cors sets what browsers need to let a page of a configured origin read the answer.
 func (c *call) cors() {
 	h := c.w.Header()
-	if !c.api.anyOrigin {
+	if !c.api.origins.All() {
 		h.Add("Vary", "Origin")
 	}
 	origin := c.r.Header.Get("Origin")
 	switch {
 	case origin == "":
 		return
-	case c.api.anyOrigin:
+	case c.api.origins.All():
 		h.Set("Access-Control-Allow-Origin", "*")
-	case slices.Contains(c.api.o.Origins, strings.ToLower(origin)):
+	case c.api.origins.Has(origin):
 		h.Set("Access-Control-Allow-Origin", origin)
 	default:
 		return

@@ -47,6 +47,8 @@ const (
 	DefaultAlgorithm = "HS256"
 	DefaultLeeway    = 30 * time.Second
 
+	DefaultJWKSRefresh = 10 * time.Minute
+
 	DefaultKafkaBroker           = "127.0.0.1:9092"
 	DefaultUpstreamTopic         = "im-upstream-topic"
 	DefaultDownstreamTopicPrefix = "im-downstream-topic-"
@@ -143,7 +145,7 @@ func Default() Config {
 
 			MemoryHighWaterPercent: DefaultMemoryHighWaterPercent,
 		},
-		Auth: Auth{Algorithm: DefaultAlgorithm, Leeway: DefaultLeeway, DenyList: true},
+		Auth: Auth{Algorithm: DefaultAlgorithm, Leeway: DefaultLeeway, DenyList: true, JWKSRefresh: DefaultJWKSRefresh, QueryToken: true},
 		Kafka: Kafka{
 			Brokers:               []string{DefaultKafkaBroker},
 			UpstreamTopic:         DefaultUpstreamTopic,

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -11,6 +12,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"im-gateway/transport"
 )
 
 // Problem is one thing that is wrong with a configuration.
@@ -68,7 +71,10 @@ var checks = [...]check{
 	{"target", "etcd:///NAME or host:port", validTarget},
 	{"topic", "1 to 249 of A-Z a-z 0-9 . _ -", validTopic},
 	{"sessions", "replace or allow:N with N from 2 to 64", func(s string) bool { return sessionPolicy(s) > 0 }},
-	{"origin", "* or an origin such as https://chat.example.com", validOrigin},
+	{"origin", "* or an origin such as https://chat.example.com or https://*.example.com", transport.ValidOrigin},
+	{"url", "an http:// or https:// URL", validURL},
+	{"issuer", "words such as issuer=https://login.example.com jwks_url=https://login.example.com/keys algorithms=RS256|ES256 audience=chat, " +
+		"or public_key_file=FILE instead of jwks_url", validIssuer},
 	{"network", "a network such as 10.0.0.0/8, or an address", validNetwork},
 	{"file", "a file that can be read", readable},
 }
@@ -148,13 +154,56 @@ func validTarget(s string) bool {
 	return validHostPort(s)
 }
 
-func validOrigin(s string) bool {
-	if s == "*" {
-		return true
-	}
+func validURL(s string) bool {
 	u, err := url.Parse(s)
-	return err == nil && (u.Scheme == "http" || u.Scheme == "https") && validHost(u.Hostname()) &&
-		u.Scheme+"://"+u.Host == s && (u.Port() == "" || validPort(u.Port(), 1))
+	return err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != ""
+}
+
+func validIssuer(s string) bool {
+	i, err := parseIssuer(s)
+	if err != nil {
+		return false
+	}
+	return i.keyFile == "" || readable(i.keyFile)
+}
+
+// issuerKeys is one of auth.issuers.
+type issuerKeys struct {
+	name, audience, keyFile, jwksURL string
+	algorithms                       []string
+}
+
+// parseIssuer reads one of auth.issuers.
+func parseIssuer(s string) (i issuerKeys, err error) {
+	for word := range strings.FieldsSeq(s) {
+		key, value, _ := strings.Cut(word, "=")
+		if value == "" {
+			return i, fmt.Errorf("%s has no value", key)
+		}
+		switch key {
+		case "issuer":
+			i.name = value
+		case "audience":
+			i.audience = value
+		case "public_key_file":
+			i.keyFile = value
+		case "jwks_url":
+			i.jwksURL = value
+		case "algorithms":
+			i.algorithms = strings.Split(value, "|")
+		default:
+			return i, fmt.Errorf("%s is unknown", key)
+		}
+	}
+	for _, a := range i.algorithms {
+		if !slices.Contains([]string{"RS256", "ES256", "EdDSA"}, a) {
+			return i, fmt.Errorf("algorithms must be of RS256, ES256 and EdDSA")
+		}
+	}
+	if i.name == "" || len(i.algorithms) == 0 || (i.keyFile == "") == (i.jwksURL == "") || i.jwksURL != "" && !validURL(i.jwksURL) {
+		return i, errors.New("issuer, algorithms and one of jwks_url and public_key_file are needed")
+	}
+	return i, nil
 }
 
 func validNetwork(s string) bool {
@@ -289,8 +338,20 @@ func (c *Config) crossProblems() []Problem {
 				"auth.hs256_secret_file to read it from a file", c.Auth.Algorithm)
 		}
 	case "RS256", "ES256", "EdDSA":
-		if c.Auth.PublicKeyFile == "" {
-			add("auth.public_key_file", "must not be empty with auth.algorithm %s", c.Auth.Algorithm)
+		if (c.Auth.PublicKeyFile == "") == (c.Auth.JWKSURL == "") {
+			add("auth.public_key_file", "or auth.jwks_url must be set with auth.algorithm %s, and not both", c.Auth.Algorithm)
+		}
+	}
+	names := map[string]bool{c.Auth.Issuer: true}
+	for _, s := range c.Auth.Issuers {
+		if c.Auth.Issuer == "" {
+			add("auth.issuer", "must be set with auth.issuers: a token's iss says whose it is")
+			break
+		}
+		if i, err := parseIssuer(s); err == nil && names[i.name] {
+			add("auth.issuers", "must not name %s twice, nor auth.issuer", i.name)
+		} else {
+			names[i.name] = true
 		}
 	}
 	list = append(list, c.topicProblems()...)

@@ -34,6 +34,7 @@ type Engine struct {
 	nonce    uint64
 	random   bool // the gateway_id was made up at this start
 	verifier *transport.Verifier
+	keySets  []*transport.KeySet // that the verifier uses
 	metrics  *prometheus.Registry
 	ready    *Readiness
 	started  time.Time
@@ -81,6 +82,7 @@ const (
 	needEtcd     = "etcd"
 	needKafka    = "kafka"
 	needRedis    = "redis"
+	needKeys     = "jwks"
 	needClients  = "kafka clients"
 	needListener = "listener"
 	needRegistry = "registration"
@@ -96,7 +98,7 @@ func New(cfg Config, logger zerolog.Logger) (*Engine, error) {
 	}
 	e := &Engine{
 		cfg: cfg, metrics: prometheus.NewRegistry(), started: time.Now(),
-		ready:    NewReadiness(needEtcd, needKafka, needRedis, needClients, needListener, needRegistry),
+		ready:    NewReadiness(needEtcd, needKafka, needRedis, needKeys, needClients, needListener, needRegistry),
 		begin:    make(chan struct{}),
 		publicUp: make(chan struct{}),
 		asked:    make(chan struct{}),
@@ -120,7 +122,7 @@ func New(cfg Config, logger zerolog.Logger) (*Engine, error) {
 	_, _ = rand.Read(seed[:]) // never fails, says crypto/rand
 	e.nonce = binary.BigEndian.Uint64(seed[:])
 	var err error
-	if e.verifier, err = newVerifier(cfg.Auth); err != nil {
+	if e.verifier, e.keySets, err = newVerifier(cfg.Auth, e.log); err != nil {
 		return nil, err
 	}
 	e.metrics.MustRegister(collectors.NewGoCollector(),
@@ -129,7 +131,20 @@ func New(cfg Config, logger zerolog.Logger) (*Engine, error) {
 	return e, nil
 }
 
-func newVerifier(a Auth) (*transport.Verifier, error) {
+// newVerifier makes the check of tokens and the key sets that it uses, which are empty yet.
+func newVerifier(a Auth, log zerolog.Logger) (*transport.Verifier, []*transport.KeySet, error) {
+	var sets []*transport.KeySet
+	keys := func(file, url string) (pem []byte, set *transport.KeySet, err error) {
+		switch {
+		case url != "":
+			if set, err = transport.NewKeySet(transport.KeySetOptions{URL: url, Refresh: a.JWKSRefresh, Logger: log}); err == nil {
+				sets = append(sets, set)
+			}
+		case file != "":
+			pem, err = os.ReadFile(file)
+		}
+		return pem, set, err
+	}
 	o := transport.VerifierOptions{
 		Algorithm: a.Algorithm, Secret: []byte(a.HS256Secret), PreviousSecret: []byte(a.PreviousSecret),
 		Issuer: a.Issuer, Audience: a.Audience, Leeway: a.Leeway,
@@ -137,18 +152,26 @@ func newVerifier(a Auth) (*transport.Verifier, error) {
 	if a.DenyList {
 		o.Denials = transport.NewDenials()
 	}
-	if a.PublicKeyFile != "" {
-		key, err := os.ReadFile(a.PublicKeyFile)
+	var err error
+	if o.PublicKeyPEM, o.KeySet, err = keys(a.PublicKeyFile, a.JWKSURL); err != nil {
+		return nil, nil, fmt.Errorf("auth.public_key_file: %w", err)
+	}
+	for _, s := range a.Issuers {
+		i, err := parseIssuer(s)
 		if err != nil {
-			return nil, fmt.Errorf("auth.public_key_file: %w", err)
+			return nil, nil, fmt.Errorf("auth.issuers: %w", err)
 		}
-		o.PublicKeyPEM = key
+		next := transport.Issuer{Name: i.name, Audience: i.audience, Algorithms: i.algorithms}
+		if next.PublicKeyPEM, next.KeySet, err = keys(i.keyFile, i.jwksURL); err != nil {
+			return nil, nil, fmt.Errorf("auth.issuers: %w", err)
+		}
+		o.Issuers = append(o.Issuers, next)
 	}
 	v, err := transport.NewVerifier(o)
 	if err != nil {
-		return nil, fmt.Errorf("auth: %w", err)
+		return nil, nil, fmt.Errorf("auth: %w", err)
 	}
-	return v, nil
+	return v, sets, nil
 }
 
 // GatewayID is the id in use.

@@ -20,7 +20,7 @@ import (
 // start brings the parts up in order. What it has started when it fails, stop ends.
 func (e *Engine) start(ctx context.Context) error {
 	for _, step := range []func(context.Context) error{
-		e.startAdmin, e.startEtcd, e.startTopics, e.startRedis, e.startDenyList, e.startShards, e.startKafka,
+		e.startAdmin, e.startEtcd, e.startTopics, e.startRedis, e.startKeys, e.startDenyList, e.startShards, e.startKafka,
 		e.startListener, e.startRegistration,
 	} {
 		if err := step(ctx); err != nil {
@@ -216,6 +216,21 @@ func (e *Engine) startRedis(ctx context.Context) error {
 	return nil
 }
 
+// startKeys reads the issuers' keys before the first token is checked, and follows them.
+func (e *Engine) startKeys(ctx context.Context) error {
+	for _, set := range e.keySets {
+		if err := e.metrics.Register(set); err != nil {
+			return fmt.Errorf("register the metrics of a JWK set: %w", err)
+		}
+		if err := e.await(ctx, needKeys, set.Read); err != nil {
+			return err
+		}
+		e.goTask("jwks", set.Run)
+	}
+	e.ready.Met(needKeys)
+	return nil
+}
+
 // startDenyList reads the deny list before the first token is checked, and follows it.
 func (e *Engine) startDenyList(ctx context.Context) error {
 	if !e.cfg.Auth.DenyList {
@@ -362,7 +377,8 @@ func (e *Engine) newServer() (*transport.Server, error) {
 		Compression: transport.Compression{Enabled: w.Compression.Enabled, Threshold: w.Compression.ThresholdBytes, Level: w.Compression.Level},
 		Certificate: certificate, MaxTLSHandshakes: e.cfg.HTTP.TLS.MaxHandshakes,
 		TrustedProxies: networks(e.cfg.HTTP.TrustedProxies), ForwardedHeader: e.cfg.HTTP.ForwardedHeader, ProxyProtocol: e.cfg.HTTP.ProxyProtocol,
-		AllowedOrigins: w.AllowedOrigins, Logger: e.log, Registerer: e.metrics,
+		RefuseQueryToken: !e.cfg.Auth.QueryToken,
+		AllowedOrigins:   w.AllowedOrigins, Logger: e.log, Registerer: e.metrics,
 	})
 }
 

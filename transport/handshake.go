@@ -36,6 +36,7 @@ var (
 type upgradeHead struct {
 	malformed bool // in a way that the upgrader lets pass
 	upgrade   bool // Upgrade: websocket
+	inQuery   bool // the token came in the query
 	wish      wish
 	host      []byte
 	origin    []byte
@@ -175,9 +176,9 @@ func (h *upgradeHead) read(head []byte) {
 	h.malformed = h.malformed || hosts > 1 || keys > 1 || versions > 1 || origins > 1
 	switch {
 	case fromHeader != nil:
-		h.token = fromHeader
+		h.token, h.inQuery = fromHeader, false
 	case fromProtocol != nil:
-		h.token = fromProtocol
+		h.token, h.inQuery = fromProtocol, false
 	}
 }
 
@@ -228,7 +229,7 @@ func (h *upgradeHead) readQuery(query []byte) {
 		key, value, _ := bytes.Cut(pair, []byte("="))
 		switch string(key) {
 		case "token":
-			h.token = value // a JWT needs no percent encoding
+			h.token, h.inQuery = value, true // a JWT needs no percent encoding
 		case "auth":
 			h.wish.authClose = string(value) == "close"
 		case "ack":
@@ -299,13 +300,17 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 		l.s.metrics.handshake.malformed.Inc()
 		cn.respond(badRequestResponse)
 		return
-	case !l.s.origin.allows(h.origin, h.host):
+	case !l.s.allowsOrigin(h.origin, h.host):
 		l.s.metrics.handshake.origin.Inc()
 		cn.respond(originResponse)
 		return
 	case !cn.countForwarded(head):
 		l.s.metrics.handshake.crowded.Inc()
 		cn.respond(crowdedResponse)
+		return
+	case h.inQuery && l.s.opts.RefuseQueryToken:
+		l.s.metrics.handshake.refused.Inc()
+		cn.respond(queryResponse)
 		return
 	case !h.selectable():
 		l.s.metrics.handshake.malformed.Inc()
@@ -447,35 +452,16 @@ func (h *handshakeIO) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// originCheck is the allow-list of browsers' origins.
-type originCheck struct {
-	all  bool
-	list []string
-}
-
-func newOriginCheck(list []string) originCheck {
-	o := originCheck{all: len(list) == 0, list: list}
-	for _, s := range list {
-		o.all = o.all || s == "*"
-	}
-	return o
-}
-
-// allows tells whether a page of this origin may connect to this host: one of the list, or one that
+// allowsOrigin tells whether a page of this origin may connect to this host: one of the list, or one that
 // the host itself serves. Clients that are no browsers send no origin.
-func (o *originCheck) allows(origin, host []byte) bool {
-	if o.all || len(origin) == 0 {
+func (s *Server) allowsOrigin(origin, host []byte) bool {
+	if len(origin) == 0 || len(s.opts.AllowedOrigins) == 0 || s.origins.All() {
 		return true
 	}
 	if _, from, ok := bytes.Cut(origin, []byte("://")); ok && len(host) > 0 && bytes.EqualFold(from, host) {
 		return true
 	}
-	for _, s := range o.list {
-		if strings.EqualFold(s, string(origin)) {
-			return true
-		}
-	}
-	return false
+	return s.origins.Has(string(origin))
 }
 
 // The fixed answers.
@@ -500,6 +486,8 @@ var (
 		string(codec.TokenExpired), ErrTokenExpired.Error())
 	refusedResponse = response("401 Unauthorized", "WWW-Authenticate: Bearer error=\"invalid_token\"\r\n",
 		string(codec.AuthFailed), ErrTokenRefused.Error())
+	queryResponse = response("401 Unauthorized", "WWW-Authenticate: Bearer\r\n",
+		string(codec.AuthFailed), "a token is not taken from the query: Authorization: Bearer, or the subprotocol bearer.<token>")
 	missingResponse = response("401 Unauthorized", "WWW-Authenticate: Bearer\r\n",
 		string(codec.AuthFailed), ErrTokenMissing.Error())
 )

@@ -67,8 +67,9 @@ type Options struct {
 	MessagesPerSecond    int // of one connection
 	BytesPerSecond       int // of one connection; two seconds' worth must hold the largest message
 
-	AllowedOrigins []string // of browsers; empty or *: all
-	Compression    Compression
+	AllowedOrigins   []string // of browsers, see Origins; empty: all
+	RefuseQueryToken bool     // a token in the query is not taken
+	Compression      Compression
 
 	TrustedProxies  TrustedNetworks // believed when they name another address as the client's
 	ForwardedHeader string          // by which they do: ForwardedForHeader, the default, or ForwardedHeader
@@ -165,7 +166,7 @@ type Server struct {
 	opts    Options
 	metrics *metrics
 	log     zerolog.Logger // sampled
-	origin  originCheck
+	origins Origins
 	perAddr *addressLimits
 	denials *Denials    // nil: none
 	tls     *tls.Config // nil: none
@@ -205,7 +206,7 @@ func New(opts Options) (*Server, error) {
 	}
 	s := &Server{
 		opts:       opts,
-		origin:     newOriginCheck(opts.AllowedOrigins),
+		origins:    NewOrigins(opts.AllowedOrigins),
 		perAddr:    newAddressLimits(&opts),
 		forwarding: forwarding{trusted: opts.TrustedProxies, header: cmp.Or(opts.ForwardedHeader, ForwardedForHeader)},
 		upgrade:    newRate(opts.HandshakesPerSecond),

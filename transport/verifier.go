@@ -40,15 +40,26 @@ const (
 
 // VerifierOptions say which tokens are good.
 type VerifierOptions struct {
-	Algorithm      string // HS256, HS384, HS512, RS256, ES256 or EdDSA; whatever the token claims
-	Secret         []byte // HS*
-	PreviousSecret []byte // HS*: still accepted; optional
-	PublicKeyPEM   []byte // RS256, ES256, EdDSA
-	Issuer         string // checked when set
-	Audience       string // checked when set
+	Algorithm      string   // HS256, HS384, HS512, RS256, ES256 or EdDSA; whatever the token claims
+	Secret         []byte   // HS*
+	PreviousSecret []byte   // HS*: still accepted; optional
+	PublicKeyPEM   []byte   // RS256, ES256, EdDSA
+	Issuer         string   // checked when set
+	Audience       string   // checked when set
+	KeySet         *KeySet  // RS256, ES256, EdDSA, in place of PublicKeyPEM
+	Issuers        []Issuer // further ones; then a token's iss says whose it is
 	Leeway         time.Duration
 	Denials        *Denials         // tokens that are refused all the same; optional
 	Now            func() time.Time // time.Now
+}
+
+// Issuer is one more whose tokens are good.
+type Issuer struct {
+	Name         string   // a token's iss
+	Audience     string   // checked when set
+	Algorithms   []string // RS256, ES256, EdDSA
+	PublicKeyPEM []byte
+	KeySet       *KeySet // in place of PublicKeyPEM
 }
 
 // Identity is what a good token says.
@@ -64,10 +75,17 @@ type Identity struct {
 
 // Verifier checks access tokens. It may be used from any goroutine.
 type Verifier struct {
-	o         VerifierOptions
-	algorithm jwa.SignatureAlgorithm
-	signature jws.Verifier
-	keys      []any
+	o          VerifierOptions
+	issuers    []issuer
+	signatures map[jwa.SignatureAlgorithm]jws.Verifier
+	slow       bool
+}
+
+// issuer is whose tokens are good, and by which keys.
+type issuer struct {
+	name, audience string // empty: any
+	keys           map[jwa.SignatureAlgorithm][]any
+	set            *KeySet // besides, for every algorithm in keys
 }
 
 // NewVerifier validates the options.
@@ -75,34 +93,84 @@ func NewVerifier(o VerifierOptions) (*Verifier, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
-	v := &Verifier{o: o, algorithm: jwa.SignatureAlgorithm(o.Algorithm)}
-	switch v.algorithm {
+	v := &Verifier{o: o, signatures: map[jwa.SignatureAlgorithm]jws.Verifier{}}
+	first := issuer{name: o.Issuer, audience: o.Audience, set: o.KeySet, keys: map[jwa.SignatureAlgorithm][]any{}}
+	switch alg := jwa.SignatureAlgorithm(o.Algorithm); alg {
 	case jwa.HS256, jwa.HS384, jwa.HS512:
 		if len(o.Secret) == 0 {
-			return nil, fmt.Errorf("tokens by %s: the secret is empty", o.Algorithm)
+			return nil, fmt.Errorf("tokens by %s: the secret is empty", alg)
 		}
-		v.keys = append(v.keys, o.Secret)
+		first.keys[alg] = append(first.keys[alg], o.Secret)
 		if len(o.PreviousSecret) > 0 {
-			v.keys = append(v.keys, o.PreviousSecret)
+			first.keys[alg] = append(first.keys[alg], o.PreviousSecret)
 		}
-	case jwa.RS256, jwa.ES256, jwa.EdDSA:
-		key, err := publicKey(o.PublicKeyPEM)
-		if err != nil {
-			return nil, fmt.Errorf("tokens by %s: %w", o.Algorithm, err)
-		}
-		// A key of another kind would refuse every token, one by one.
-		if !fits(key, v.algorithm) {
-			return nil, fmt.Errorf("tokens by %s: the public key is of another kind (%T)", o.Algorithm, key)
-		}
-		v.keys = append(v.keys, key)
+		first.set = nil // its keys are public
 	default:
-		return nil, fmt.Errorf("tokens by %q: the algorithm must be HS256, HS384, HS512, RS256, ES256 or EdDSA", o.Algorithm)
+		if err := first.allow([]string{o.Algorithm}, o.PublicKeyPEM); err != nil {
+			return nil, err
+		}
 	}
-	var err error
-	if v.signature, err = jws.NewVerifier(v.algorithm); err != nil {
-		return nil, fmt.Errorf("tokens by %s: %w", o.Algorithm, err)
+	v.issuers = append(v.issuers, first)
+	for _, i := range o.Issuers {
+		next := issuer{name: i.Name, audience: i.Audience, set: i.KeySet, keys: map[jwa.SignatureAlgorithm][]any{}}
+		if err := next.allow(i.Algorithms, i.PublicKeyPEM); err != nil {
+			return nil, fmt.Errorf("issuer %s: %w", i.Name, err)
+		}
+		for _, other := range v.issuers {
+			if next.name == "" || other.name == "" || other.name == next.name {
+				return nil, errors.New("several issuers need names that differ")
+			}
+		}
+		v.issuers = append(v.issuers, next)
+	}
+	for _, i := range v.issuers {
+		for alg := range i.keys {
+			verifier, err := jws.NewVerifier(alg)
+			if err != nil {
+				return nil, fmt.Errorf("tokens by %s: %w", alg, err)
+			}
+			v.signatures[alg] = verifier
+			v.slow = v.slow || !symmetric(alg)
+		}
 	}
 	return v, nil
+}
+
+// allow takes the asymmetric algorithms of an issuer, with the one key or a set.
+func (i *issuer) allow(algorithms []string, pemText []byte) error {
+	if len(algorithms) == 0 {
+		return errors.New("no algorithm is allowed")
+	}
+	used := false
+	var key any
+	if i.set == nil {
+		var err error
+		if key, err = publicKey(pemText); err != nil {
+			return fmt.Errorf("tokens by %s: %w", strings.Join(algorithms, ", "), err)
+		}
+	}
+	for _, name := range algorithms {
+		alg := jwa.SignatureAlgorithm(name)
+		switch alg {
+		case jwa.RS256, jwa.ES256, jwa.EdDSA:
+		default:
+			return fmt.Errorf("tokens by %q: the algorithm must be HS256, HS384, HS512, RS256, ES256 or EdDSA", name)
+		}
+		i.keys[alg] = nil
+		if key != nil && fits(key, alg) {
+			i.keys[alg] = []any{key}
+			used = true
+		}
+	}
+	// A key of another kind would refuse every token, one by one.
+	if key != nil && !used {
+		return fmt.Errorf("tokens by %s: the public key is of another kind (%T)", strings.Join(algorithms, ", "), key)
+	}
+	return nil
+}
+
+func symmetric(alg jwa.SignatureAlgorithm) bool {
+	return alg == jwa.HS256 || alg == jwa.HS384 || alg == jwa.HS512
 }
 
 // Denials is the list of the tokens that are refused all the same, or nil.
@@ -139,15 +207,8 @@ func fits(key any, alg jwa.SignatureAlgorithm) bool {
 	return false
 }
 
-// Slow tells whether a check takes so long that an event loop must not do it itself.
-func (v *Verifier) Slow() bool {
-	switch v.algorithm {
-	case jwa.HS256, jwa.HS384, jwa.HS512:
-		return false
-	default:
-		return true
-	}
-}
+// Slow tells whether a check may take so long that an event loop must not do it itself.
+func (v *Verifier) Slow() bool { return v.slow }
 
 // Verify checks a token. The error is ErrTokenMissing, ErrTokenExpired, ErrTokenRefused or
 // ErrTokenRevoked.
@@ -163,21 +224,32 @@ func (v *Verifier) Verify(token []byte) (Identity, error) {
 	if !ok || len(token) > maxTokenBytes {
 		return Identity{}, ErrTokenRefused
 	}
-	buf := make([]byte, 0, len(token))
-	if buf, ok = decode(buf, header); !ok || !v.acceptable(buf) {
+	buf := make([]byte, 0, len(token)) // for the three parts, one behind the other
+	part, buf, ok := decode(buf, header)
+	var h tokenHeader
+	if !ok || !h.read(part) {
 		return Identity{}, ErrTokenRefused
 	}
-	if buf, ok = decode(buf, signature); !ok || !v.signed(token[:len(token)-len(signature)-1], buf) {
+	var c claims // not to be believed yet: they say only whose keys to try
+	if part, buf, ok = decode(buf, payload); !ok || !c.read(part) {
 		return Identity{}, ErrTokenRefused
 	}
-	if buf, ok = decode(buf, payload); !ok {
+	from := v.issuer(c.issuer)
+	if part, _, ok = decode(buf, signature); !ok || from == nil ||
+		!v.signed(from, &h, token[:len(token)-len(signature)-1], part) {
 		return Identity{}, ErrTokenRefused
 	}
-	var c claims
-	if !c.read(buf) {
-		return Identity{}, ErrTokenRefused
+	return v.identify(from, &c)
+}
+
+// issuer finds whose token it says to be; nil: nobody's.
+func (v *Verifier) issuer(name string) *issuer {
+	for i := range v.issuers {
+		if from := &v.issuers[i]; from.name == "" || from.name == name {
+			return from
+		}
 	}
-	return v.identify(&c)
+	return nil
 }
 
 var dot = []byte(".")
@@ -185,14 +257,13 @@ var dot = []byte(".")
 // strict takes one spelling only: no two tokens are the same to us.
 var strict = base64.RawURLEncoding.Strict()
 
-// decode replaces what is in buf, which has room, by the bytes that text stands for (RFC 7515,
-// section 2).
-func decode(buf, text []byte) ([]byte, bool) {
+// decode appends the bytes that text stands for (RFC 7515, section 2) to buf, which has room.
+func decode(buf, text []byte) (part, rest []byte, ok bool) {
 	if bytes.ContainsAny(text, "\r\n") { // the decoder would skip them
-		return nil, false
+		return nil, buf, false
 	}
-	n, err := strict.Decode(buf[:cap(buf)], text)
-	return buf[:n], err == nil
+	n, err := strict.Decode(buf[len(buf):cap(buf)], text)
+	return buf[len(buf) : len(buf)+n], buf[:len(buf)+n], err == nil
 }
 
 // parse views b as JSON; what it gives points into b. Only valid JSON, an object, is taken.
@@ -204,34 +275,49 @@ func parse(b []byte) (o gjson.Result, ok bool) {
 	return o, o.IsObject()
 }
 
-// acceptable tells whether a header names the algorithm in use. The header decides nothing: one that
-// names another algorithm, or extensions that must be understood (RFC 7515, section 4.1.11), is
-// refused.
-func (v *Verifier) acceptable(header []byte) bool {
+// tokenHeader is what counts of a token's header (RFC 7515, section 4.1). The texts point into it.
+type tokenHeader struct{ algorithm, keyID string }
+
+// read takes the header; false: it has extensions that must be understood (RFC 7515, section 4.1.11), or
+// what counts is no text.
+func (h *tokenHeader) read(header []byte) bool {
 	o, ok := parse(header)
-	alg := ""
-	if ok {
-		o.ForEach(func(key, value gjson.Result) bool {
-			switch key.Str {
-			case "alg":
-				alg = value.Str
-			case "crit":
-				ok = false
-			}
-			return true
-		})
+	if !ok {
+		return false
 	}
-	return ok && alg == v.o.Algorithm
+	o.ForEach(func(key, value gjson.Result) bool {
+		switch key.Str {
+		case "alg":
+			h.algorithm, ok = value.Str, ok && value.Type == gjson.String
+		case "kid":
+			h.keyID, ok = value.Str, ok && value.Type == gjson.String
+		case "crit":
+			ok = false
+		}
+		return true
+	})
+	return ok
 }
 
-// signed tells whether one of the keys has signed the input.
-func (v *Verifier) signed(input, signature []byte) bool {
-	for _, key := range v.keys {
-		if v.signature.Verify(input, signature, key) == nil {
+// signed tells whether one of the issuer's keys has signed the input. The header chooses among what the
+// issuer is allowed, and decides nothing.
+func (v *Verifier) signed(from *issuer, h *tokenHeader, input, signature []byte) bool {
+	alg := jwa.SignatureAlgorithm(h.algorithm)
+	keys, ok := from.keys[alg]
+	if !ok {
+		return false
+	}
+	check := v.signatures[alg]
+	for _, key := range keys {
+		if check.Verify(input, signature, key) == nil {
 			return true
 		}
 	}
-	return false
+	if from.set == nil {
+		return false
+	}
+	key := from.set.find(h.keyID, alg)
+	return key != nil && check.Verify(input, signature, key) == nil
 }
 
 // claims are those of a token that count here (RFC 7519, section 4.1). The texts point into it.
@@ -295,12 +381,12 @@ func (c *claims) meant(who string) bool {
 }
 
 // identify holds the claims against the options and the clock.
-func (v *Verifier) identify(c *claims) (Identity, error) {
+func (v *Verifier) identify(from *issuer, c *claims) (Identity, error) {
 	now, leeway := float64(v.o.Now().Unix()), v.o.Leeway.Seconds()
 	switch {
 	case !c.expiring || c.expires < 0 || c.expires >= maxExpiry:
 		return Identity{}, ErrTokenRefused
-	case v.o.Issuer != "" && c.issuer != v.o.Issuer, v.o.Audience != "" && !c.meant(v.o.Audience):
+	case from.name != "" && c.issuer != from.name, from.audience != "" && !c.meant(from.audience):
 		return Identity{}, ErrTokenRefused
 	case now-leeway >= math.Floor(c.expires):
 		return Identity{}, ErrTokenExpired

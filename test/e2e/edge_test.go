@@ -10,18 +10,23 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"math/big"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/coder/websocket"
 	"github.com/lestrrat-go/jwx/v2/jwa"
+	"github.com/lestrrat-go/jwx/v2/jwk"
+	"github.com/lestrrat-go/jwx/v2/jws"
 	"github.com/lestrrat-go/jwx/v2/jwt"
 	"github.com/redis/rueidis"
 )
@@ -255,4 +260,116 @@ func TestDeniedTokens(t *testing.T) {
 	if _, err := dial(t, later, bystander, "/ws", headers[bystander]); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestKeysOfIssuers: tokens of an issuer whose keys are published, beside those of the shared secret;
+// rotated under way.
+func TestKeysOfIssuers(t *testing.T) {
+	var published atomic.Pointer[[]byte]
+	publish := func(id string, key *ecdsa.PrivateKey) {
+		k, err := jwk.FromRaw(key.Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := k.Set(jwk.KeyIDKey, id); err != nil {
+			t.Fatal(err)
+		}
+		b, err := json.Marshal(map[string]any{"keys": []jwk.Key{k}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		published.Store(&b)
+	}
+	sign := func(name, issuer, id string, key any, alg jwa.SignatureAlgorithm) http.Header {
+		tok, err := jwt.NewBuilder().Issuer(issuer).Claim("user_id", name).Expiration(time.Now().Add(time.Hour)).Build()
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := jws.NewHeaders()
+		if err := h.Set(jws.KeyIDKey, id); err != nil {
+			t.Fatal(err)
+		}
+		b, err := jwt.Sign(tok, jwt.WithKey(alg, key, jws.WithProtectedHeaders(h)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return http.Header{"Authorization": {"Bearer " + hide(string(b))}}
+	}
+	keys := make([]*ecdsa.PrivateKey, 2)
+	for i := range keys {
+		var err error
+		if keys[i], err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+			t.Fatal(err)
+		}
+	}
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		if b := published.Load(); b != nil {
+			_, _ = w.Write(*b)
+			return
+		}
+		w.WriteHeader(http.StatusServiceUnavailable)
+	}))
+	defer web.Close()
+	password := hide("password-of-the-key-server")
+	url := strings.Replace(web.URL, "http://", "http://gateway:"+password+"@", 1)
+	g := launch(t, "issuers", settings{
+		"auth.issuer": "https://own.example", "auth.jwks_refresh": "1s",
+		"auth.issuers": "issuer=https://login.example algorithms=ES256|RS256 jwks_url=" + url,
+	})
+	eventually(t, "the start waits for the keys and says so", func() bool {
+		resp, err := http.Get("http://" + g.admin + "/readyz")
+		if err != nil {
+			return false
+		}
+		defer func() { _ = resp.Body.Close() }()
+		b, err := io.ReadAll(resp.Body)
+		return err == nil && resp.StatusCode == 503 && strings.Contains(string(b), "jwks") && strings.Contains(string(b), "503 Service Unavailable")
+	})
+	publish("one", keys[0])
+	eventually(t, "gateway is ready", func() bool {
+		resp, err := http.Get("http://" + g.admin + "/readyz")
+		if err != nil {
+			return false
+		}
+		defer func() { _ = resp.Body.Close() }()
+		return resp.StatusCode == 200
+	})
+	try := func(h http.Header) error {
+		name := user("issued")
+		c, err := dial(t, g, name, "/ws", h)
+		if err == nil {
+			_ = c.CloseNow()
+		}
+		return err
+	}
+	old := sign(user("issued"), "https://login.example", "one", keys[0], jwa.ES256)
+	stays, err := dial(t, g, "stays", "/ws", sign(user("issued"), "https://login.example", "one", keys[0], jwa.ES256))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, h := range map[string]http.Header{
+		"by a published key": old, "by the shared secret": sign(user("issued"), "https://own.example", "", []byte(secret), jwa.HS256),
+	} {
+		if err := try(h); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	for what, h := range map[string]http.Header{
+		"the secret's token of the other issuer": sign(user("issued"), "https://login.example", "", []byte(secret), jwa.HS256),
+		"the key's token of our issuer":          sign(user("issued"), "https://own.example", "one", keys[0], jwa.ES256),
+		"nobody's":                               sign(user("issued"), "https://evil.example", "one", keys[0], jwa.ES256),
+	} {
+		if err := try(h); err == nil || !strings.Contains(err.Error(), "status 401") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	publish("two", keys[1])
+	eventually(t, "the new key is taken", func() bool {
+		return try(sign(user("issued"), "https://login.example", "two", keys[1], jwa.ES256)) == nil
+	})
+	if err := try(old); err == nil {
+		t.Error("the old key is still taken")
+	}
+	stays.send("ping", "", nil)
+	stays.wait("pong")
 }
