@@ -119,7 +119,7 @@ func runRow(ctx context.Context, w *world.World, o *row, short bool) (out outcom
 			r.spec.N = o.spec.N / 10
 		}
 		warmup, baseline, rest, hold = 500*time.Millisecond, 1500*time.Millisecond, time.Second, min(hold, 4*time.Second)
-		r.spec.Total = min(r.spec.Total, 2000)
+		r.spec.Total = min(r.spec.Total, 20_000)
 	}
 	out = outcome{Name: o.name, What: o.what, Limit: o.limit, Set: o.with(short), Users: r.users, Attackers: r.spec.N}
 	pid := r.g.Pid()
