@@ -95,26 +95,23 @@ func followDenyList(t *testing.T, s *redisServer, most int) (*denied, *DenyList)
 func TestDenyList(t *testing.T) {
 	s := startRedis(t, "")
 	until := time.Now().Add(time.Hour).Unix()
-	add := func(member string, until int64) {
-		t.Helper()
-		if _, err := s.server.ZAdd(DenyKey, float64(until), member); err != nil {
-			t.Fatal(err)
-		}
-	}
-	add("jti:before", until)
-	add("jti:ended", time.Now().Add(-time.Minute).Unix())
-	add("nonsense", until)
+	writeDenials(t, s, map[string]int64{
+		"jti:before": until, "jti:ended": time.Now().Add(-time.Minute).Unix(), "nonsense": until,
+	})
 	d, l := followDenyList(t, s, 0)
 	eventually(t, "the list is read", func() bool { return d.has(Denial{TokenID: "before", Until: until}) })
-	if members, err := s.server.ZMembers(DenyKey); err != nil || len(members) != 2 {
-		t.Errorf("what has ended was not cleared: %v %v", members, err)
+	c := dialDeny(t, s)
+	if n, err := c.Do(t.Context(), c.B().Zcard().Key(DenyKey).Build()).AsInt64(); err != nil || n != 2 {
+		t.Errorf("what has ended was not cleared: %d entries, %v", n, err)
 	}
 	if n := testutil.ToFloat64(l.bad); n != 1 {
 		t.Errorf("%v entries that cannot be read", n)
 	}
-	eventually(t, "the channel is subscribed", func() bool { return s.server.PubSubNumSub(DenyChannel)[DenyChannel] == 1 })
-	add("user:7:alice", until)
-	s.server.Publish(DenyChannel, fmt.Sprintf("%d user:7:alice", until))
+	writeDenials(t, s, map[string]int64{"user:7:alice": until})
+	publish := c.B().Publish().Channel(DenyChannel).Message(fmt.Sprintf("%d user:7:alice", until)).Build()
+	if n, err := c.Do(t.Context(), publish).AsInt64(); err != nil || n != 1 {
+		t.Fatalf("heard by %d, %v", n, err)
+	}
 	eventually(t, "a message is heard", func() bool { return d.has(Denial{User: "alice", IssuedUntil: 7, Until: until}) })
 
 	s.stop()
@@ -123,7 +120,7 @@ func TestDenyList(t *testing.T) {
 		t.Error("what was known was forgotten")
 	}
 	s.start()
-	add("jti:missed", until)
+	writeDenials(t, s, map[string]int64{"jti:missed": until})
 	eventually(t, "the list is read again", func() bool { return d.has(Denial{TokenID: "missed", Until: until}) })
 }
 
@@ -131,11 +128,11 @@ func TestDenyList(t *testing.T) {
 func TestDenyListIsBounded(t *testing.T) {
 	s := startRedis(t, "")
 	now := time.Now().Unix()
-	for i := range 20 {
-		if _, err := s.server.ZAdd(DenyKey, float64(now+1000+int64(i)), fmt.Sprint("jti:", i)); err != nil {
-			t.Fatal(err)
-		}
+	list := map[string]int64{}
+	for i := range int64(20) {
+		list[fmt.Sprint("jti:", i)] = now + 1000 + i
 	}
+	writeDenials(t, s, list)
 	d, l := followDenyList(t, s, 15)
 	eventually(t, "the list is read", func() bool { return d.has(Denial{TokenID: "19", Until: now + 1019}) })
 	if d.has(Denial{TokenID: "4", Until: now + 1004}) || !d.has(Denial{TokenID: "5", Until: now + 1005}) {
@@ -146,12 +143,26 @@ func TestDenyListIsBounded(t *testing.T) {
 	}
 }
 
+// writeDenials puts entries on the list, with what they hold until; a Redis that has just been started
+// may need a moment.
+func writeDenials(t *testing.T, s *redisServer, list map[string]int64) {
+	t.Helper()
+	c := dialDeny(t, s)
+	for member, until := range list {
+		eventually(t, member+" is written", func() bool {
+			return c.Do(t.Context(), c.B().Zadd().Key(DenyKey).ScoreMember().ScoreMember(float64(until), member).Build()).Error() == nil
+		})
+	}
+}
+
 func dialDeny(t *testing.T, s *redisServer) rueidis.Client {
 	t.Helper()
-	c, err := DialRedis(RedisOptions{Addrs: []string{s.addr()}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	var c rueidis.Client
+	eventually(t, "Redis answers", func() (ok bool) {
+		var err error
+		c, err = DialRedis(RedisOptions{Addrs: []string{s.addr()}})
+		return err == nil
+	})
 	t.Cleanup(c.Close)
 	return c
 }
