@@ -134,10 +134,12 @@ func New(cfg Config, logger zerolog.Logger) (*Engine, error) {
 // newVerifier makes the check of tokens and the key sets that it uses, which are empty yet.
 func newVerifier(a Auth, log zerolog.Logger) (*transport.Verifier, []*transport.KeySet, error) {
 	var sets []*transport.KeySet
-	keys := func(file, url string) (pem []byte, set *transport.KeySet, err error) {
+	keys := func(issuer, file, url string) (pem []byte, set *transport.KeySet, err error) {
 		switch {
 		case url != "":
-			if set, err = transport.NewKeySet(transport.KeySetOptions{URL: url, Refresh: a.JWKSRefresh, Logger: log}); err == nil {
+			if set, err = transport.NewKeySet(transport.KeySetOptions{
+				URL: url, Issuer: issuer, Refresh: a.JWKSRefresh, Logger: log,
+			}); err == nil {
 				sets = append(sets, set)
 			}
 		case file != "":
@@ -153,7 +155,7 @@ func newVerifier(a Auth, log zerolog.Logger) (*transport.Verifier, []*transport.
 		o.Denials = transport.NewDenials()
 	}
 	var err error
-	if o.PublicKeyPEM, o.KeySet, err = keys(a.PublicKeyFile, a.JWKSURL); err != nil {
+	if o.PublicKeyPEM, o.KeySet, err = keys(a.Issuer, a.PublicKeyFile, a.JWKSURL); err != nil {
 		return nil, nil, fmt.Errorf("auth.public_key_file: %w", err)
 	}
 	for _, s := range a.Issuers {
@@ -162,7 +164,7 @@ func newVerifier(a Auth, log zerolog.Logger) (*transport.Verifier, []*transport.
 			return nil, nil, fmt.Errorf("auth.issuers: %w", err)
 		}
 		next := transport.Issuer{Name: i.name, Audience: i.audience, Algorithms: i.algorithms}
-		if next.PublicKeyPEM, next.KeySet, err = keys(i.keyFile, i.jwksURL); err != nil {
+		if next.PublicKeyPEM, next.KeySet, err = keys(i.name, i.keyFile, i.jwksURL); err != nil {
 			return nil, nil, fmt.Errorf("auth.issuers: %w", err)
 		}
 		o.Issuers = append(o.Issuers, next)

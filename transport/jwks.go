@@ -29,6 +29,7 @@ const (
 // KeySetOptions say where a set of keys is.
 type KeySetOptions struct {
 	URL     string        // http or https
+	Issuer  string        // labels the metrics, beside the URL; both together are unique
 	Refresh time.Duration // 10 min
 	Logger  zerolog.Logger
 }
@@ -113,7 +114,7 @@ func (s *KeySet) fetch(ctx context.Context) (*keyring, error) {
 
 // parseKeySet takes the public keys that may sign; an error where there is none.
 func parseKeySet(b []byte) (*keyring, error) {
-	set, err := jwk.Parse(b)
+	set, err := jwk.Parse(b, jwk.WithIgnoreParseError(true)) // keys of unknown kinds must not hide the others
 	if err != nil {
 		return nil, errors.New("it is no JWK set")
 	}
@@ -200,7 +201,7 @@ func (s *KeySet) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCol
 
 // Collect implements prometheus.Collector.
 func (s *KeySet) Collect(ch chan<- prometheus.Metric) {
-	labels := prometheus.Labels{"url": s.where}
+	labels := prometheus.Labels{"issuer": s.o.Issuer, "url": s.where}
 	desc := func(name, help string, more ...string) *prometheus.Desc {
 		return prometheus.NewDesc("im_gateway_jwks_"+name, help, more, labels)
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/lestrrat-go/jwx/v2/jwk"
 	"github.com/lestrrat-go/jwx/v2/jws"
 	"github.com/lestrrat-go/jwx/v2/jwt"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
 )
 
@@ -170,6 +171,15 @@ func TestKeySet(t *testing.T) {
 	if good(issue(t, "first", "one", jwa.ES256, one)) || !good(issue(t, "first", "two", jwa.ES256, two)) {
 		t.Error("not the new key alone")
 	}
+	// A key of a kind that is not known does not hide the others.
+	b, err := json.Marshal(jwkOf(t, two, map[string]any{"kid": "two"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.says(func(w http.ResponseWriter) { _, _ = w.Write([]byte(`{"keys":[{"kty":"AKP","alg":"ML-DSA-44","pub":"AAAA"},` + string(b) + `]}`)) })
+	if err := set.Read(t.Context()); err != nil || !good(issue(t, "first", "two", jwa.ES256, two)) {
+		t.Errorf("beside a key of an unknown kind: %v", err)
+	}
 	// What is no set leaves the last good one.
 	for name, f := range map[string]func(http.ResponseWriter){
 		"an error": func(w http.ResponseWriter) { w.WriteHeader(500) },
@@ -244,6 +254,41 @@ func TestKeySetIsReadAgain(t *testing.T) {
 		cancel()
 		synctest.Wait()
 	})
+}
+
+// TestKeySetIsSlow: a URL that never answers is given up.
+func TestKeySetIsSlow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		set, err := NewKeySet(KeySetOptions{URL: "https://keys.example/"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		set.client.Transport = roundTrip(func(r *http.Request) (*http.Response, error) {
+			<-r.Context().Done()
+			return nil, r.Context().Err()
+		})
+		if err := set.Read(t.Context()); err == nil {
+			t.Error("read")
+		}
+	})
+}
+
+// TestKeySetMetrics: two issuers may publish at one URL.
+func TestKeySetMetrics(t *testing.T) {
+	r := prometheus.NewRegistry()
+	for _, issuer := range []string{"", "second"} {
+		set, err := NewKeySet(KeySetOptions{URL: "https://keys.example/", Issuer: issuer})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Register(set); err != nil {
+			t.Error(err)
+		}
+	}
+	families, err := r.Gather()
+	if err != nil || len(families) != 2 { // no age before the first reading
+		t.Errorf("%d families, %v", len(families), err)
+	}
 }
 
 type roundTrip func(*http.Request) (*http.Response, error)
