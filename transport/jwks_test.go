@@ -176,7 +176,9 @@ func TestKeySet(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a.says(func(w http.ResponseWriter) { _, _ = w.Write([]byte(`{"keys":[{"kty":"AKP","alg":"ML-DSA-44","pub":"AAAA"},` + string(b) + `]}`)) })
+	a.says(func(w http.ResponseWriter) {
+		_, _ = w.Write([]byte(`{"keys":[{"kty":"AKP","alg":"ML-DSA-44","pub":"AAAA"},` + string(b) + `]}`))
+	})
 	if err := set.Read(t.Context()); err != nil || !good(issue(t, "first", "two", jwa.ES256, two)) {
 		t.Errorf("beside a key of an unknown kind: %v", err)
 	}
