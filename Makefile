@@ -3,7 +3,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 TIMEOUT ?= 900s
 
 .DEFAULT_GOAL := help
-.PHONY: help build abuse bench chaos fuzz run test test-fast test-unit test-real test-schema test-chaos test-abuse lint lint-security generate clean
+.PHONY: help build abuse bench chaos fuzz run test test-fast test-unit test-real test-schema test-chaos test-abuse test-js lint lint-security generate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,10 @@ test-real:
 
 test-chaos:
 	$(GO) run ./test/chaos -short
+
+test-js: build ## build the JavaScript client and test it in Node and Chromium; needs npm, node and chromium
+	cd clients/js && npm ci --no-audit --no-fund && npm run build && \
+		NODE_OPTIONS=$$(node -p 'typeof WebSocket === "undefined" ? "--experimental-websocket" : ""') npm test
 
 chaos: ## break every part under traffic and judge what became of each message; needs kafka, etcd, redis and root, takes about 20 minutes
 	$(GO) run ./test/chaos -out docs/faults $(CHAOS_ARGS)
