@@ -205,8 +205,8 @@ type Auth struct {
 	// PEM file with the public key, for RS256, ES256 and EdDSA.
 	PublicKeyFile string `koanf:"public_key_file" check:"file"`
 	// Where the public keys are published as a JWK set, in place of public_key_file. It is read at the start,
-	// which waits for it, then in the background; while it is away the last good set stands. A token's kid
-	// chooses the key.
+	// which waits up to 10 s for it, then in the background. Until it came once tokens are refused and the gateway
+	// is not ready; while it is away later the last good set stands. A token's kid chooses the key.
 	JWKSURL string `koanf:"jwks_url" check:"url"`
 	// How often the JWK sets are read again; sooner when a token names a key that is not there.
 	JWKSRefresh time.Duration `koanf:"jwks_refresh" range:"1s..24h"`

@@ -337,6 +337,9 @@ func (c *Config) crossProblems() []Problem {
 			add("auth.hs256_secret", "must not be empty with auth.algorithm %s; set it, or "+
 				"auth.hs256_secret_file to read it from a file", c.Auth.Algorithm)
 		}
+		if c.Auth.JWKSURL != "" {
+			add("auth.jwks_url", "must be empty with auth.algorithm %s: its keys are public", c.Auth.Algorithm)
+		}
 	case "RS256", "ES256", "EdDSA":
 		if (c.Auth.PublicKeyFile == "") == (c.Auth.JWKSURL == "") {
 			add("auth.public_key_file", "or auth.jwks_url must be set with auth.algorithm %s, and not both", c.Auth.Algorithm)

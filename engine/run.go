@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync/atomic"
 	"time"
 
 	"im-gateway/broker"
@@ -216,18 +217,41 @@ func (e *Engine) startRedis(ctx context.Context) error {
 	return nil
 }
 
-// startKeys reads the issuers' keys before the first token is checked, and follows them.
+// keysPatience is how long the start waits for the issuers' keys before it goes on without.
+const keysPatience = 10 * time.Second
+
+// startKeys reads the issuers' keys and follows them. An issuer that is away for long does not hold up the
+// start: its tokens are refused until its keys have come, and so long the gateway is not ready.
 func (e *Engine) startKeys(ctx context.Context) error {
+	var left atomic.Int64
+	left.Store(int64(len(e.keySets)))
+	all := make(chan struct{})
+	if len(e.keySets) == 0 {
+		e.ready.Met(needKeys)
+		return nil
+	}
 	for _, set := range e.keySets {
 		if err := e.metrics.Register(set); err != nil {
 			return fmt.Errorf("register the metrics of a JWK set: %w", err)
 		}
-		if err := e.await(ctx, needKeys, set.Read); err != nil {
-			return err
-		}
-		e.goTask("jwks", set.Run)
+		e.goTask("jwks", func(ctx context.Context) error {
+			if err := e.await(ctx, needKeys, set.Read); err != nil {
+				return err
+			}
+			if left.Add(-1) == 0 {
+				e.ready.Met(needKeys)
+				close(all)
+			}
+			return set.Run(ctx)
+		})
 	}
-	e.ready.Met(needKeys)
+	select {
+	case <-all:
+	case <-time.After(keysPatience):
+		e.log.Warn().Msg("not every JWK set has come, going on without")
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	return nil
 }
 
