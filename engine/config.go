@@ -207,12 +207,12 @@ type Auth struct {
 	// Where the public keys are published as a JWK set, in place of public_key_file. It is read at the start,
 	// which waits up to 10 s for it, then in the background. Until it came once tokens are refused and the gateway
 	// is not ready; while it is away later the last good set stands. A token's kid chooses the key.
-	JWKSURL string `koanf:"jwks_url" check:"url"`
+	JWKSURL string `koanf:"jwks_url" check:"url" secret:"true"`
 	// How often the JWK sets are read again; sooner when a token names a key that is not there.
 	JWKSRefresh time.Duration `koanf:"jwks_refresh" range:"1s..24h"`
 	// Further issuers, each as words: issuer=NAME algorithms=RS256|ES256 jwks_url=URL (or public_key_file=FILE)
 	// and, optional, audience=NAME. A token's iss says whose keys are tried, so auth.issuer must be set too.
-	Issuers []string `koanf:"issuers" check:"issuer"`
+	Issuers []string `koanf:"issuers" check:"issuer" secret:"true"`
 	// Take a token from the query too (?token=), where proxies may log it.
 	QueryToken bool `koanf:"query_token"`
 	// When set, a token's iss must be this.

@@ -299,7 +299,7 @@ func (o *option) problem(v any) string {
 	for _, s := range elements {
 		if len(o.oneOf) > 0 && !slices.Contains(o.oneOf, s) ||
 			o.check != "" && !findCheck(o.check).ok(s) {
-			if o.kind == listType {
+			if o.kind == listType && !o.secret {
 				return "must be " + o.wants() + "; " + strconv.Quote(s) + " is not"
 			}
 			return "must be " + o.wants()

@@ -89,6 +89,7 @@ type DenyList struct {
 	entries prometheus.Gauge
 	dropped prometheus.Counter
 	bad     prometheus.Counter
+	held    int // entries that were read last
 }
 
 // NewDenyList registers the metrics; Run does the rest.
@@ -102,7 +103,7 @@ func NewDenyList(o DenyListOptions) (*DenyList, error) {
 			Name: "im_gateway_deny_list_loads_total", Help: "Times that the deny list was read from Redis, by result.",
 		}, []string{"result"}),
 		entries: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "im_gateway_deny_list_entries", Help: "Entries of the deny list, when it was last read.",
+			Name: "im_gateway_deny_list_entries", Help: "Entries of the deny list in force; at most 100,000.",
 		}),
 		dropped: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "im_gateway_deny_list_dropped_total", Help: "Entries of the deny list beyond what is read, at each reading.",
@@ -128,6 +129,7 @@ func (d *DenyList) Load(ctx context.Context) error {
 	}
 	d.loads.WithLabelValues("ok").Inc()
 	d.entries.Set(float64(len(list)))
+	d.held = len(list)
 	d.o.Replace(list)
 	return nil
 }
@@ -205,6 +207,7 @@ func (d *DenyList) follow(ctx context.Context) error {
 	if err := d.Load(ctx); err != nil {
 		return err
 	}
+	added := 0 // since the list was read
 	reload := time.NewTicker(denyReload)
 	defer reload.Stop()
 	for {
@@ -215,6 +218,12 @@ func (d *DenyList) follow(ctx context.Context) error {
 				d.bad.Inc()
 				break
 			}
+			if added++; d.held+added > d.o.Max {
+				d.dropped.Inc() // room is made by the next reading, which is soon
+				missed.Store(true)
+				break
+			}
+			d.entries.Inc()
 			d.o.Add(entry)
 		case <-reload.C:
 			missed.Store(true)
@@ -225,6 +234,7 @@ func (d *DenyList) follow(ctx context.Context) error {
 		}
 		if missed.Load() && len(messages) == 0 {
 			missed.Store(false)
+			added = 0
 			if err := d.Load(ctx); err != nil {
 				return err
 			}

@@ -329,6 +329,7 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 		who, err := l.s.identify(token)
 		l.executeFor(cn, func() {
 			if cn.state == stateVerifying {
+				who, err := l.recheck(who, err)
 				cn.finishUpgrade(head, inBuffer, wish, who, err)
 			}
 		})

@@ -64,12 +64,20 @@ func NewKeySet(o KeySetOptions) (*KeySet, error) {
 	def(&o.Refresh, 10*time.Minute)
 	s := &KeySet{
 		o: o, where: u.Scheme + "://" + u.Host + u.Path, wanted: make(chan struct{}, 1),
-		client: &http.Client{Timeout: keySetTimeout, Transport: &http.Transport{
+		client: &http.Client{Timeout: keySetTimeout, CheckRedirect: sameSecurity, Transport: &http.Transport{
 			Proxy: http.ProxyFromEnvironment, MaxIdleConns: 1, IdleConnTimeout: keySetTimeout, ForceAttemptHTTP2: true,
 		}},
 	}
 	s.current.Store(&keyring{})
 	return s, nil
+}
+
+// sameSecurity follows redirects, but not from https to http.
+func sameSecurity(req *http.Request, via []*http.Request) error {
+	if len(via) > 5 || via[0].URL.Scheme == "https" && req.URL.Scheme != "https" {
+		return errors.New("it redirects to where it must not")
+	}
+	return nil
 }
 
 // Read reads the set once. On an error the keys are those of before.

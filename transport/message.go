@@ -158,7 +158,7 @@ func (cn *conn) refreshToken(token []byte) {
 		l.executeFor(cn, func() {
 			cn.own().checking = false
 			if cn.state == stateOpen && cn.id == id {
-				cn.refreshed(who, err)
+				cn.refreshed(l.recheck(who, err))
 				cn.flushReplies()
 			}
 		})

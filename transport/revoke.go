@@ -52,14 +52,16 @@ func (d *Denials) Add(e Denial) {
 	d.changed()
 }
 
-// Replace makes the list this one.
+// Replace makes the list this one. It must not run beside Add, whose entry might be lost.
 func (d *Denials) Replace(list []Denial) {
+	next := Denials{seed: d.seed} // made outside the lock, which the loops take
+	next.reset()
+	for _, e := range list {
+		next.add(e)
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.reset()
-	for _, e := range list {
-		d.add(e)
-	}
+	d.tokens, d.users = next.tokens, next.users
 	d.changed()
 }
 
@@ -100,6 +102,14 @@ func (d *Denials) denies(token uint64, user string, issued uint32, now int64) bo
 	}
 	u, ok := d.users[user]
 	return ok && u.until > now && int64(issued) <= u.issued
+}
+
+// recheck looks at the list once more for a token that was checked off the loop: it may have grown since.
+func (l *loop) recheck(who Identity, err error) (Identity, error) {
+	if err == nil && l.s.denials.denies(who.tokenHash, who.User, seconds(who.IssuedAt), l.now/1000) {
+		return Identity{}, ErrTokenRevoked
+	}
+	return who, err
 }
 
 // seconds cuts a time to what a connection keeps of it; 0 where there is none.

@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -93,6 +94,31 @@ func TestRevocation(t *testing.T) {
 	denials.Replace(nil)
 	if _, code := open(tokens["by id"]); code != 101 {
 		t.Errorf("after the list was cleared: %d", code)
+	}
+}
+
+// TestRevocationOfACheckedToken: one that is denied after its check, off the loop, and before its session.
+func TestRevocationOfACheckedToken(t *testing.T) {
+	d := NewDenials()
+	v, err := NewVerifier(VerifierOptions{Algorithm: "HS256", Secret: secret, Denials: d})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := bareLoop(t, &dropSink{}, func(o *Options) { o.Verifier = v })
+	l.s.denials, l.now = d, time.Now().UnixMilli()
+	who, err := v.Verify([]byte(tokenWith(t, "a", "id-1", time.Now())))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, err := l.recheck(who, nil); err != nil || again != who {
+		t.Errorf("a good one: %v", err)
+	}
+	d.Add(Denial{TokenID: "id-1", Until: time.Now().Add(time.Hour).Unix()})
+	if _, err := l.recheck(who, nil); !errors.Is(err, ErrTokenRevoked) {
+		t.Errorf("a denied one: %v", err)
+	}
+	if _, err := l.recheck(Identity{}, ErrTokenExpired); !errors.Is(err, ErrTokenExpired) {
+		t.Errorf("a refused one: %v", err)
 	}
 }
 
