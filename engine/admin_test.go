@@ -103,6 +103,7 @@ func TestAdmin(t *testing.T) {
 }
 
 func TestLogger(t *testing.T) {
+	keepLogLevel(t)
 	var out bytes.Buffer
 	for _, tc := range []struct {
 		cfg  Log
@@ -122,6 +123,43 @@ func TestLogger(t *testing.T) {
 	}
 	if _, err := NewLogger(&out, Log{"loud", "json"}); err == nil {
 		t.Error("the level loud was taken")
+	}
+}
+
+// keepLogLevel gives the tests that follow the level of before back.
+func keepLogLevel(t *testing.T) {
+	before := zerolog.GlobalLevel()
+	t.Cleanup(func() { zerolog.SetGlobalLevel(before) })
+}
+
+func TestLogLevel(t *testing.T) {
+	keepLogLevel(t)
+	var out bytes.Buffer
+	l, err := NewLogger(&out, Log{"info", "json"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	part := l.With().Str("part", "x").Logger().Sample(&zerolog.BasicSampler{N: 1}) // a copy, as the parts have
+	for _, level := range []string{"trace", "debug", "info", "warn", "error", "info"} {
+		if err := (LogLevel{}).Set(level); err != nil {
+			t.Fatal(err)
+		}
+		if got := (LogLevel{}).String(); got != level {
+			t.Errorf("the level is %s, want %s", got, level)
+		}
+		out.Reset()
+		part.Debug().Msg("detail")
+		part.Warn().Msg("trouble")
+		lines := out.String()
+		if strings.Contains(lines, "detail") != (level == "trace" || level == "debug") ||
+			strings.Contains(lines, "trouble") == (level == "error") || part.Debug().Enabled() != strings.Contains(lines, "detail") {
+			t.Errorf("at %s there is logged:\n%s", level, lines)
+		}
+	}
+	for _, bad := range []string{"", "loud", "INFO", "1", "fatal", "disabled"} {
+		if err := (LogLevel{}).Set(bad); err == nil || (LogLevel{}).String() != "info" {
+			t.Errorf("level %q: %v, the level is %s", bad, err, LogLevel{})
+		}
 	}
 }
 

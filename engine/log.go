@@ -10,17 +10,34 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// NewLogger returns the logger that cfg asks for. Times are UTC with milliseconds.
+// NewLogger returns the logger that cfg asks for, and sets the LogLevel. Times are UTC with milliseconds.
 func NewLogger(w io.Writer, cfg Log) (zerolog.Logger, error) {
-	level, err := zerolog.ParseLevel(cfg.Level)
-	if err != nil {
+	if err := (LogLevel{}).Set(cfg.Level); err != nil {
 		return zerolog.Nop(), fmt.Errorf("log.level: %w", err)
 	}
 	if cfg.Format == "console" || cfg.Format == "auto" && terminal(w) {
 		w = zerolog.ConsoleWriter{Out: w, TimeFormat: "15:04:05.000", NoColor: !terminal(w)}
 	}
-	return zerolog.New(w).Level(level).Hook(stamp{}), nil
+	return zerolog.New(w).Hook(stamp{}), nil
 }
+
+// LogLevel is the least severe level that this process logs, which can be changed while it runs. It is
+// zerolog's global level, whatever logger is asked: loggers are values that every part has copied, and
+// that is the one variable at which all of them look, with an atomic load. Any goroutine may use it.
+type LogLevel struct{}
+
+// Set changes the level to trace, debug, info, warn or error.
+func (LogLevel) Set(name string) error {
+	level, err := zerolog.ParseLevel(name)
+	if err != nil || level.String() != name || level > zerolog.ErrorLevel {
+		return fmt.Errorf("%q is no level: it must be trace, debug, info, warn or error", name)
+	}
+	zerolog.SetGlobalLevel(level)
+	return nil
+}
+
+// String is the level in use.
+func (LogLevel) String() string { return zerolog.GlobalLevel().String() }
 
 func terminal(w io.Writer) bool {
 	f, ok := w.(*os.File)
