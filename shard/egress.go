@@ -52,6 +52,9 @@ func (s *shard) frame(ses *session, payload []byte, d codec.Delivery) {
 		s.end(d, codec.EndSlowConsumer)
 		return
 	}
+	if s.meter != nil && d.Record != nil {
+		s.meter.received(ses.user, len(payload))
+	}
 	if ses.acks && d.Record != nil {
 		payload = s.awaitAck(ses, d)
 		d = codec.Delivery{}

@@ -132,6 +132,8 @@ type Set struct {
 	egress  atomic.Int64  // bytes that wait for all sessions, as the shards last said
 	done    chan struct{} // closed when Run's ctx has ended: nobody empties the queues any more
 
+	measuring chan struct{} // capacity 1: held by the Measure that is under way
+
 	// sending is held for reading by Deliver, a batch at a time: once Run has had it for writing, no
 	// delivery comes in any more.
 	sending sync.RWMutex
@@ -146,7 +148,7 @@ func New(opts Options) (*Set, error) {
 	if err := opts.validate(); err != nil {
 		return nil, fmt.Errorf("shard options: %w", err)
 	}
-	set := &Set{opts: opts, done: make(chan struct{})}
+	set := &Set{opts: opts, done: make(chan struct{}), measuring: make(chan struct{}, 1)}
 	m, err := newMetrics(set, opts.Registerer)
 	if err != nil {
 		return nil, err

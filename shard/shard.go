@@ -71,6 +71,7 @@ type shard struct {
 	touched     uint32       // see touch
 	counts      counts
 	drain       drain
+	meter       *meter // while somebody measures
 }
 
 func newShard(set *Set, index int, m *metrics) *shard {

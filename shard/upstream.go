@@ -46,6 +46,9 @@ func (s *shard) onMessage(u *codec.Upstream) {
 		return
 	}
 	ses.in++
+	if s.meter != nil {
+		s.meter.sent(u)
+	}
 	hookMessage(u)
 	switch rate, retry := s.spend(ses, u); rate {
 	case beyondRate:
@@ -138,6 +141,9 @@ func (s *shard) admit(u *codec.Upstream) (code codec.Code, retryAfterMS int32) {
 // onPublish accepts or refuses a message of the HTTP API.
 func (s *shard) onPublish(u *codec.Upstream) {
 	s.current = 0
+	if s.meter != nil {
+		s.meter.sent(u)
+	}
 	if again := s.recent.find(u, s.now); again != nil {
 		s.answerAgain(nil, u, again)
 		return
