@@ -9,7 +9,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,6 +23,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kgo"
 
 	"im-gateway/codec"
+	"im-gateway/test/ports"
 )
 
 // kafka is one KRaft node.
@@ -72,12 +72,11 @@ func newKafka(t *testing.T) *kafka {
 
 func freeAddr(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	addr, err := ports.Free()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().String()
+	return addr
 }
 
 func (k *kafka) java(args ...string) *exec.Cmd {
@@ -122,7 +121,7 @@ func (k *kafka) options(t *testing.T) Options {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx := within(t, time.Minute)
+	ctx := within(t, 3*time.Minute)
 	for a.Reachable(ctx) != nil {
 		if ctx.Err() != nil {
 			t.Fatal("Kafka does not start")

@@ -3,7 +3,6 @@ package registry
 import (
 	"context"
 	"errors"
-	"net"
 	"testing"
 	"time"
 
@@ -11,6 +10,8 @@ import (
 	"github.com/rs/zerolog"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/goleak"
+
+	"im-gateway/test/ports"
 )
 
 // The tests run on embedded servers, and with the build tag `real` on the real ones.
@@ -61,12 +62,11 @@ func within(t *testing.T) context.Context {
 // freePort returns a port that nobody listens on.
 func freePort(t testing.TB) int {
 	t.Helper()
-	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	n, err := ports.Number()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = ln.Close() }()
-	return ln.Addr().(*net.TCPAddr).Port
+	return n
 }
 
 // background runs f until the test ends, or the returned function is called, and waits for its end.

@@ -19,6 +19,7 @@ import (
 
 	"im-gateway/bench/report"
 	"im-gateway/bench/shards"
+	"im-gateway/test/ports"
 	"im-gateway/test/servers"
 )
 
@@ -36,14 +37,6 @@ type server struct {
 	cmd *exec.Cmd
 	url string
 	log *bytes.Buffer
-}
-
-func freeAddr() (string, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", fmt.Errorf("find a free port: %w", err)
-	}
-	return ln.Addr().String(), ln.Close()
 }
 
 // start runs a server and waits until ready answers.
@@ -102,7 +95,7 @@ func (e *env) gateway(ctx context.Context, n int) (*server, error) {
 	var addr [3]string
 	for i := range addr {
 		var err error
-		if addr[i], err = freeAddr(); err != nil {
+		if addr[i], err = ports.Free(); err != nil {
 			return nil, err
 		}
 	}
@@ -115,11 +108,11 @@ func (e *env) gateway(ctx context.Context, n int) (*server, error) {
 }
 
 func (e *env) seed(ctx context.Context) (*server, error) {
-	addr, err := freeAddr()
+	addr, err := ports.Free()
 	if err != nil {
 		return nil, err
 	}
-	admin, err := freeAddr()
+	admin, err := ports.Free()
 	if err != nil {
 		return nil, err
 	}
@@ -129,7 +122,7 @@ func (e *env) seed(ctx context.Context) (*server, error) {
 }
 
 func (e *env) echo(ctx context.Context, name string, args ...string) (*server, error) {
-	addr, err := freeAddr()
+	addr, err := ports.Free()
 	if err != nil {
 		return nil, err
 	}

@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -23,6 +22,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"im-gateway/codec/gatewaypb"
+	"im-gateway/test/ports"
 )
 
 // logBuffer takes what a gateway writes.
@@ -69,12 +69,11 @@ func defaults(id string) settings {
 }
 
 func freeAddr() string {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	addr, err := ports.Free()
 	if err != nil {
 		panic(err)
 	}
-	defer func() { _ = ln.Close() }()
-	return ln.Addr().String()
+	return addr
 }
 
 // launch starts a gateway without waiting. Values of change replace the defaults; "" removes one.

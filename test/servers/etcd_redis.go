@@ -4,6 +4,8 @@ import (
 	"context"
 	"os/exec"
 	"path/filepath"
+
+	"im-gateway/test/ports"
 )
 
 // Etcd is a real etcd.
@@ -17,11 +19,11 @@ func StartEtcd(ctx context.Context, dir string) (*Etcd, error) {
 	if err := need(program{"etcd", "etcd-server"}); err != nil {
 		return nil, err
 	}
-	client, err := freePort()
+	client, err := ports.Number()
 	if err != nil {
 		return nil, err
 	}
-	peer, err := freePort()
+	peer, err := ports.Number()
 	if err != nil {
 		return nil, err
 	}
@@ -47,7 +49,7 @@ func StartRedis(ctx context.Context, dir, password string) (*Redis, error) {
 	if err := need(program{"redis-server", "redis-server"}); err != nil {
 		return nil, err
 	}
-	port, err := freePort()
+	port, err := ports.Number()
 	if err != nil {
 		return nil, err
 	}

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kgo"
+
+	"im-gateway/test/ports"
 )
 
 // Kafka is a real Apache Kafka: one node, broker and controller. Topics are not created by use.
@@ -78,18 +80,18 @@ func StartKafka(ctx context.Context, dir string) (*Kafka, error) {
 	if err != nil {
 		return nil, err
 	}
-	var ports [3]int
-	for i := range ports {
-		if ports[i], err = freePort(); err != nil {
+	var port [3]int
+	for i := range port {
+		if port[i], err = ports.Number(); err != nil {
 			return nil, err
 		}
 	}
 	k := &Kafka{
-		Broker: loopback(ports[0]), SASLBroker: loopback(ports[1]),
+		Broker: loopback(port[0]), SASLBroker: loopback(port[1]),
 		User: "gateway", Limited: "limited", Password: "kafka-pass-7331", Libs: libs,
 	}
 	properties := filepath.Join(dir, "kafka.properties")
-	if err := os.WriteFile(properties, []byte(k.properties(loopback(ports[2]), filepath.Join(dir, "kafka"))), 0o600); err != nil {
+	if err := os.WriteFile(properties, []byte(k.properties(loopback(port[2]), filepath.Join(dir, "kafka"))), 0o600); err != nil {
 		return nil, fmt.Errorf("configure Kafka: %w", err)
 	}
 	id, err := k.tool(ctx, "kafka.tools.StorageTool", "random-uuid").Output()

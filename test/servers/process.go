@@ -2,7 +2,6 @@ package servers
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"os/exec"
@@ -15,7 +14,7 @@ import (
 )
 
 // startTimeout is how long a server may take to answer.
-const startTimeout = 60 * time.Second
+const startTimeout = 3 * time.Minute
 
 // Process is one server that can be killed and started again on the same port and data. Its methods
 // may be called from any goroutine.
@@ -45,19 +44,6 @@ func need(programs ...program) error {
 	}
 	return fmt.Errorf("the tests on real servers need %s: apt-get install %s",
 		strings.Join(names, " and "), strings.Join(packages, " "))
-}
-
-// freePort returns a port of 127.0.0.1 that nobody listens on.
-func freePort() (int, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, fmt.Errorf("find a free port: %w", err)
-	}
-	addr, ok := ln.Addr().(*net.TCPAddr)
-	if !ok {
-		return 0, errors.New("find a free port: no TCP address")
-	}
-	return addr.Port, ln.Close()
 }
 
 func loopback(port int) string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)) }

@@ -16,6 +16,8 @@ import (
 	"github.com/lestrrat-go/jwx/v2/jwt"
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
+
+	"im-gateway/test/ports"
 )
 
 // Gateway is one gateway, which keeps its id and addresses over restarts.
@@ -39,7 +41,7 @@ func (w *World) newGateway(id string) (*Gateway, error) {
 		link *Link
 		to   string
 	}{{g.EtcdLink, w.EtcdAddr}, {g.RedisLink, w.RedisAddr}, {g.LogicLink, w.Logic.Addr}, {g.Front, g.Addr}} {
-		listen, err := freeAddr()
+		listen, err := ports.Free()
 		if err != nil {
 			return nil, err
 		}

@@ -7,6 +7,8 @@ import (
 	"net"
 	"testing"
 	"time"
+
+	"im-gateway/test/ports"
 )
 
 // TestBlockedLink: a connection whose peer does not read makes a fault fail, not hang.
@@ -15,7 +17,7 @@ func TestBlockedLink(t *testing.T) {
 	must(t, err)
 	defer func() { _ = ln.Close() }()
 	l := &Link{name: "blocked"}
-	listen, err := freeAddr()
+	listen, err := ports.Free()
 	must(t, err)
 	must(t, newProxies().add(l, listen, ln.Addr().String()))
 	client := dialWire(t, l.Addr()) // reads nothing

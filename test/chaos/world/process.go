@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -14,6 +13,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"im-gateway/test/ports"
 )
 
 // Process is a child process that can be ended and started again. Its methods may be called from any
@@ -180,33 +181,10 @@ func tail(name string) string {
 	return string(b)
 }
 
-// given are the ports that freeAddr has returned.
-var given sync.Map
-
-// freeAddr returns a loopback address that nobody listens on. It lies below the ports that systems give
-// to outgoing connections, one of which could else take it while its server is down.
-func freeAddr() (string, error) {
-	const from, to, tries = 12000, 32000, 1000
-	for range tries {
-		addr := net.JoinHostPort("127.0.0.1", strconv.Itoa(from+rand.IntN(to-from)))
-		ln, err := net.Listen("tcp", addr)
-		if err != nil {
-			continue // taken
-		}
-		if err := ln.Close(); err != nil {
-			return "", fmt.Errorf("find a free port: %w", err)
-		}
-		if _, twice := given.LoadOrStore(addr, true); !twice {
-			return addr, nil
-		}
-	}
-	return "", errors.New("find a free port: there is none")
-}
-
 func freeAddrs(into ...*string) error {
 	for _, a := range into {
 		var err error
-		if *a, err = freeAddr(); err != nil {
+		if *a, err = ports.Free(); err != nil {
 			return err
 		}
 	}

@@ -20,37 +20,40 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	err := run(ctx, os.Args[1:])
+	code, err := run(ctx, os.Args[1:])
 	stop()
-	var exit *exec.ExitError
-	switch {
-	case errors.As(err, &exit) && exit.ExitCode() > 0:
-		os.Exit(exit.ExitCode())
-	case err != nil:
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "withkafka:", err)
-		os.Exit(1)
+		code = 1
 	}
+	os.Exit(code)
 }
 
-func run(ctx context.Context, args []string) (err error) {
+// run returns the command's exit code; an error means that there was none.
+func run(ctx context.Context, args []string) (code int, err error) {
 	if len(args) == 0 {
-		return errors.New("usage: withkafka COMMAND [ARGUMENT...]")
+		return 0, errors.New("usage: withkafka COMMAND [ARGUMENT...]")
 	}
 	dir, err := os.MkdirTemp("", "withkafka-")
 	if err != nil {
-		return fmt.Errorf("temporary directory: %w", err)
+		return 0, fmt.Errorf("temporary directory: %w", err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	k, err := servers.StartKafka(ctx, dir)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer k.Kill()
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.Env = append(os.Environ(), "IM_TEST_KAFKA="+k.Broker, "IM_TEST_KAFKA_LIBS="+k.Libs)
-	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("%s: %w", args[0], err)
+	err = cmd.Run()
+	var exit *exec.ExitError
+	switch {
+	case errors.As(err, &exit) && exit.ExitCode() > 0: // it has said why
+		return exit.ExitCode(), nil
+	case err != nil:
+		return 0, fmt.Errorf("%s: %w", args[0], err)
 	}
-	return nil
+	return 0, nil
 }
