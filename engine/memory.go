@@ -17,21 +17,26 @@ import (
 
 // The collector's room. A percentage of the live heap (GOGC) gives an idle node with many
 // sessions far more than it needs, and a busy one with few of them far too little. So the room is
-// bytes, and grows only while collections come fast.
+// bytes, and grows only while collections come fast; when they have ceased it is given back.
 const (
 	gcRoomMin  = 6 << 20
 	gcRoomLive = 1                      // most, as a multiple of the live heap
 	gcFast     = 80 * time.Millisecond  // between collections: the room doubles
 	gcSlow     = 200 * time.Millisecond // the room halves
+	gcQuiet    = 2 * time.Second        // without any: one more, which gives the room back
 )
 
 // gcPacer sets GOGC after each collection so that the next one comes when the heap has grown by
 // the room. GOMEMLIMIT counts as always.
 type gcPacer struct {
 	stopped atomic.Bool
-	room    int64
-	last    time.Time
-	sample  []metrics.Sample
+	quiet   *time.Timer // calm, gcQuiet after a collection that left more than the least room
+	settled atomic.Bool // the collection under way is calm's
+
+	// Owned by collected.
+	room   int64
+	last   time.Time
+	sample []metrics.Sample
 }
 
 // PaceGC starts the pacer of this process, for a command to call once, unless the operator has set GOGC. The function returned stops it and
@@ -40,13 +45,34 @@ func PaceGC() (stop func()) {
 	if _, set := os.LookupEnv("GOGC"); set {
 		return func() {}
 	}
-	p := &gcPacer{room: gcRoomMin, last: time.Now(), sample: newGCSample()}
 	before := debug.SetGCPercent(100)
-	p.arm()
+	p := newGCPacer()
 	runtime.GC()
 	return func() {
-		p.stopped.Store(true)
+		p.stop()
 		debug.SetGCPercent(before)
+	}
+}
+
+func newGCPacer() *gcPacer {
+	p := &gcPacer{room: gcRoomMin, last: time.Now(), sample: newGCSample()}
+	p.quiet = time.AfterFunc(time.Hour, p.calm)
+	p.quiet.Stop()
+	p.arm()
+	return p
+}
+
+func (p *gcPacer) stop() {
+	p.stopped.Store(true)
+	p.quiet.Stop()
+}
+
+// calm collects once more: a storm that is over has left a goal that an idle process would not reach for
+// minutes, and the pages below it are kept.
+func (p *gcPacer) calm() {
+	if !p.stopped.Load() {
+		p.settled.Store(true)
+		runtime.GC()
 	}
 }
 
@@ -67,8 +93,16 @@ func (p *gcPacer) collected(now time.Time) {
 	metrics.Read(p.sample)
 	live := int64(p.sample[0].Value.Uint64())
 	p.room = gcRoom(p.room, live, now.Sub(p.last))
+	if p.settled.Swap(false) {
+		p.room = gcRoomMin
+	}
 	p.last = now
 	debug.SetGCPercent(gcPercent(p.room, live))
+	if p.room > gcRoomMin {
+		p.quiet.Reset(gcQuiet)
+	} else {
+		p.quiet.Stop()
+	}
 	p.arm()
 }
 

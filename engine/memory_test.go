@@ -41,9 +41,8 @@ func TestPaceGC(t *testing.T) {
 	before := debug.SetGCPercent(100)
 	defer debug.SetGCPercent(before)
 	held := make([]byte, 200<<20)
-	p := &gcPacer{room: gcRoomMin, sample: newGCSample()}
-	defer p.stopped.Store(true)
-	p.arm()
+	p := newGCPacer()
+	defer p.stop()
 	percent := func() int {
 		runtime.GC()
 		v := debug.SetGCPercent(100)
