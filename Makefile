@@ -1,18 +1,17 @@
 GO      ?= go
-VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 TIMEOUT ?= 900s
 
 .DEFAULT_GOAL := help
-.PHONY: help build abuse bench chaos fuzz run test test-fast test-unit test-real test-schema test-chaos test-abuse test-js lint lint-security generate clean
+.PHONY: help build abuse bench chaos fuzz run test test-fast test-unit test-real test-schema test-chaos test-abuse test-js lint release release-check lint-security generate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 build: ## build bin/im-gateway, bin/im-dev and bin/im-bench
-	$(GO) build -trimpath -o bin/ ./cmd/im-gateway ./cmd/im-dev ./cmd/im-bench
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/im-gateway ./cmd/im-dev ./cmd/im-bench
 
 run: ## the whole system in one process, with a demo page
-	@$(GO) build -trimpath -o bin/ ./cmd/im-dev
+	@CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/im-dev
 	@exec bin/im-dev
 
 test: lint test-unit test-schema test-real test-chaos test-abuse ## everything: lint, unit tests with -race, end to end on real servers, the HTTP API by its document, faults, abuse
@@ -66,6 +65,7 @@ lint: ## gofmt, go vet, staticcheck
 	if [ -n "$$unformatted" ]; then echo "gofmt would change:"; echo "$$unformatted"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) vet -tags real,realkafka,kafkaoutage,chaos ./...
+	GOOS=darwin GOARCH=arm64 $(GO) vet ./cmd/...
 	$(GO) tool staticcheck ./...
 	cd bench/peers && $(GO) vet ./...
 
@@ -76,8 +76,14 @@ lint-security: ## gosec; fetches and builds it
 	$(GO) run github.com/securego/gosec/v2/cmd/gosec@v2.30.0 -quiet -exclude=G115 -exclude-generated \
 		./broker/... ./client/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./transport/...
 
+release: ## cross-build the commit into dist/: archives, checksums, bills of materials
+	GO=$(GO) scripts/release.sh
+
+release-check: ## build the release twice, apart, and compare every byte; takes minutes
+	GO=$(GO) scripts/release-twice.sh
+
 generate: ## generate the protobuf code anew (needs protobuf-compiler)
 	sh scripts/generate.sh
 
 clean: ## remove what was built and fetched
-	rm -rf bin .cache
+	rm -rf bin dist .cache

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"runtime/debug"
 	"strings"
 )
 
@@ -29,15 +28,6 @@ func NewGatewayID(hostname string) string {
 		name = "im-gateway"
 	}
 	return name + "-" + strings.ToLower(rand.Text()[:gatewayIDSuffix])
-}
-
-// Version is the version that the go command stamped into the binary.
-func Version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok || info.Main.Version == "" {
-		return "unknown"
-	}
-	return info.Main.Version
 }
 
 // AdvertiseAddr is the address that others dial to reach the listener bound: configured when it

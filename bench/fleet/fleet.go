@@ -16,7 +16,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/panjf2000/gnet/v2"
@@ -149,7 +148,7 @@ func (f *Fleet) Start() error {
 
 // findLoop enrols one end of a socket pair, which is how gnet's client gives its loop away.
 func (f *Fleet) findLoop() error {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
 	if err != nil {
 		return fmt.Errorf("socket pair: %w", err)
 	}
@@ -247,18 +246,6 @@ func (f *Fleet) dial(c *Conn) {
 			}
 		})
 	}
-}
-
-// latePort leaves the choice of the local port to connect(2), so that each pair of addresses has
-// a range of ports of its own.
-func latePort(_, _ string, rc syscall.RawConn) error {
-	var err error
-	if cerr := rc.Control(func(fd uintptr) {
-		err = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1)
-	}); cerr != nil {
-		return cerr
-	}
-	return err
 }
 
 // OnOpen sends the upgrade request.

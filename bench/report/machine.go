@@ -15,10 +15,7 @@ func ThisMachine() Machine {
 	if unix.Uname(&u) == nil {
 		m.Kernel = unix.ByteSliceToString(u.Sysname[:]) + " " + unix.ByteSliceToString(u.Release[:])
 	}
-	var s unix.Sysinfo_t
-	if unix.Sysinfo(&s) == nil {
-		m.Memory = int64(s.Totalram) * int64(s.Unit)
-	}
+	m.Memory = memory()
 	b, _ := os.ReadFile("/proc/cpuinfo") // where there is none, the model stays empty
 	for line := range strings.SplitSeq(string(b), "\n") {
 		if name, ok := strings.CutPrefix(line, "model name"); ok {

@@ -53,6 +53,9 @@ func parse(args []string) (command, error) {
 	} else if len(args) > 0 && args[0] == "help" {
 		cmd.verb = verbHelp
 		return cmd, nil
+	} else if len(args) > 0 && args[0] == "version" {
+		cmd.verb = verbVersion
+		return cmd, nil
 	}
 	set := flag.NewFlagSet("im-gateway", flag.ContinueOnError)
 	set.SetOutput(io.Discard)
@@ -119,7 +122,8 @@ Usage:
   im-gateway config check [flags]       check the configuration: exit code 0 or 2
   im-gateway config print [flags]       show the effective configuration and where each value comes from
   im-gateway config reference           write the reference of all keys as Markdown
-  im-gateway -version | -h
+  im-gateway -version                   show version, commit, its date, and the Go version
+  im-gateway -h
 
   -config FILE    YAML file to read the configuration from
 

@@ -59,7 +59,7 @@ func run(args, environ []string, stdout, stderr io.Writer, signals <-chan os.Sig
 	case verbHelp:
 		return finish(stderr, usage(stdout))
 	case verbVersion:
-		_, err := fmt.Fprintln(stdout, "im-gateway", engine.Version())
+		_, err := fmt.Fprintln(stdout, "im-gateway", engine.BuildInfo())
 		return finish(stderr, err)
 	case verbReference:
 		return finish(stderr, engine.WriteReference(stdout))

@@ -91,6 +91,8 @@ func TestCommandLine(t *testing.T) {
 		{"help of config", "config -h", "", 0, "Usage:", ""},
 		{"help after keys", "-log.level=debug --help", "", 0, "Usage:", ""},
 		{"version", "-version", "", 0, "im-gateway ", ""},
+		{"version with double dash", "--version", "", 0, ", go1.", ""},
+		{"version word", "version", "", 0, "im-gateway ", ""},
 		{"reference", "config reference", "", 0, "# Configuration", ""},
 		{"check", "config check", secret, 0, "the configuration is good", ""},
 		{"check warns", "config check", "IM_AUTH_HS256_SECRET=short", 0, "good", "warning: auth.hs256_secret has 5 bytes"},
