@@ -1,6 +1,9 @@
 package codec
 
-import "sync"
+import (
+	"sync"
+	"sync/atomic"
+)
 
 // The batches in which the event loops, the shards and the broker exchange their work. Each has
 // one owner at a time; handing it over gives up every right to it.
@@ -210,9 +213,8 @@ type Downstream struct {
 	// Pending counts what has not ended, of one for each target and session; the Owner's own.
 	Pending int
 
-	encodedAt int64 // of Frame, Unix ms
-	protoOnce sync.Once
-	proto     []byte // the client frame, im.proto.v1, once a session needs it
+	encodedAt int64                       // of Frame, Unix ms
+	others    atomic.Pointer[otherFrames] // once a session needs one of them
 }
 
 // EndSink takes the ends of deliveries, a batch at a time and in their order. The batch becomes the

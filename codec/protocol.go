@@ -2,6 +2,7 @@ package codec
 
 import (
 	"strconv"
+	"sync"
 	"unicode/utf8"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -15,6 +16,7 @@ type Protocol uint8
 const (
 	JSON  Protocol = iota // im.json.v1: text messages, a JSON object each
 	Proto                 // im.proto.v1: binary messages, a frame of im/client/v1/client.proto each
+	SSE                   // no WebSocket: server-sent events, a JSON object each; clients send JSON by HTTP
 )
 
 // The fields of ClientFrame and of ServerFrame.
@@ -124,6 +126,9 @@ func (p Protocol) open(dst []byte, typ string) (_ []byte, body int) {
 		dst = append(protowire.AppendTag(dst, fieldData, protowire.BytesType), 0) // the length, see setLength
 		return append(dst, '{'), len(dst)
 	}
+	if p == SSE {
+		dst = append(dst, eventData...)
+	}
 	dst = append(dst, `{"type":"`...)
 	dst = append(dst, typ...)
 	return append(dst, `","data":{`...), 0
@@ -136,9 +141,18 @@ func (p Protocol) end(dst []byte, body int, now int64) []byte {
 		dst = protowire.AppendTag(dst, fieldTimestamp, protowire.VarintType)
 		return protowire.AppendVarint(dst, uint64(now))
 	}
+	return p.endTimed(dst, now)
+}
+
+// endTimed ends a JSON object, and the event that it is the data of.
+func (p Protocol) endTimed(dst []byte, now int64) []byte {
 	dst = append(dst, `,"timestamp":`...)
 	dst = strconv.AppendInt(dst, now, 10)
-	return append(dst, '}')
+	dst = append(dst, '}')
+	if p == SSE {
+		dst = append(dst, eventEnd...)
+	}
+	return dst
 }
 
 // setLength writes the length of what begins at body into the byte before it, and makes room where it
@@ -160,7 +174,7 @@ func appendField[T string | []byte](dst []byte, num protowire.Number, value T) [
 }
 
 // AppendDownstreamFrame appends the client frame of a record, the same for all its targets; data
-// stands in it byte for byte.
+// stands in it byte for byte, but for line ends in SSE.
 func (p Protocol) AppendDownstreamFrame(dst []byte, d *Downstream, now int64) []byte {
 	data := d.Data
 	if data == nil {
@@ -173,15 +187,20 @@ func (p Protocol) AppendDownstreamFrame(dst []byte, d *Downstream, now int64) []
 		dst = protowire.AppendTag(dst, fieldTimestamp, protowire.VarintType)
 		return protowire.AppendVarint(dst, uint64(now))
 	}
+	if p == SSE {
+		dst = appendEventID(dst, d.MessageID)
+		dst = append(dst, eventData...)
+	}
 	dst = append(dst, `{"type":`...)
 	dst = AppendQuoted(dst, d.Type)
 	dst = append(dst, `,"message_id":`...)
 	dst = AppendQuoted(dst, d.MessageID)
 	dst = append(dst, `,"data":`...)
 	dst = append(dst, data...)
-	dst = append(dst, `,"timestamp":`...)
-	dst = strconv.AppendInt(dst, now, 10)
-	return append(dst, '}')
+	if p == SSE {
+		unbreak(dst[len(dst)-len(data):])
+	}
+	return p.endTimed(dst, now)
 }
 
 // AppendDeliveryID appends a frame that AppendDownstreamFrame has made, with a delivery_id.
@@ -191,20 +210,30 @@ func (p Protocol) AppendDeliveryID(dst, frame []byte, id uint64) []byte {
 		dst = protowire.AppendTag(dst, fieldDelivery, protowire.VarintType)
 		return protowire.AppendVarint(dst, id)
 	}
-	dst = append(dst, frame[:len(frame)-1]...) // one JSON object
+	end := "}" // of one JSON object
+	if p == SSE {
+		end = "}" + eventEnd
+	}
+	dst = append(dst, frame[:len(frame)-len(end)]...)
 	dst = append(dst, `,"delivery_id":`...)
 	dst = strconv.AppendUint(dst, id, 10)
-	return append(dst, '}')
+	return append(dst, end...)
 }
 
 // frameOverhead is what a record's frame holds beside the record's own texts, unless those are escaped.
 const frameOverhead = 80
 
 // Encode makes the record's client frame, before the record is dispatched; now is the gateway's time in
-// Unix ms. It is that of im.json.v1: only a session can tell that it needs the other.
+// Unix ms. It is that of im.json.v1: only a session can tell that it needs another.
 func (d *Downstream) Encode(now int64) {
 	d.encodedAt = now
 	d.Frame = d.encode(JSON)
+}
+
+// otherFrames are a record's client frames in the protocols that come after JSON.
+type otherFrames [SSE]struct {
+	once  sync.Once
+	bytes []byte
 }
 
 // FrameFor returns the record's client frame in a protocol, the same slice for every session of it.
@@ -213,11 +242,22 @@ func (d *Downstream) FrameFor(p Protocol) []byte {
 	if p == JSON {
 		return d.Frame
 	}
-	d.protoOnce.Do(func() { d.proto = d.encode(p) })
-	return d.proto
+	others := d.others.Load()
+	if others == nil { // most records never need them
+		others = new(otherFrames)
+		if !d.others.CompareAndSwap(nil, others) {
+			others = d.others.Load()
+		}
+	}
+	f := &others[p-1]
+	f.once.Do(func() { f.bytes = d.encode(p) })
+	return f.bytes
 }
 
 func (d *Downstream) encode(p Protocol) []byte {
-	dst := make([]byte, 0, frameOverhead+len(d.Type)+len(d.MessageID)+len(d.Data))
-	return p.AppendDownstreamFrame(dst, d, d.encodedAt)
+	n := frameOverhead + len(d.Type) + len(d.MessageID) + len(d.Data)
+	if p == SSE {
+		n += len(d.MessageID)
+	}
+	return p.AppendDownstreamFrame(make([]byte, 0, n), d, d.encodedAt)
 }

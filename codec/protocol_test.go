@@ -63,6 +63,9 @@ func decode(t testing.TB, p Protocol, frame []byte) *clientpb.ServerFrame {
 		}
 		return f
 	}
+	if p == SSE {
+		frame = []byte(onlyEvent(t, frame).data)
+	}
 	var v struct {
 		Type       string
 		MessageID  string `json:"message_id"`
@@ -195,7 +198,7 @@ func TestParseClientProto(t *testing.T) {
 }
 
 // TestProtocolsAgreeOnServerFrames: every frame that a gateway sends has the same fields and the same data
-// in both, and im.proto.v1 is byte for byte what the generated code writes.
+// in each, and im.proto.v1 is byte for byte what the generated code writes.
 func TestProtocolsAgreeOnServerFrames(t *testing.T) {
 	u := &Upstream{ClientMsgID: []byte("a\"\n\u2028"), MessageID: []byte("01J"), Temp: true}
 	u.Result.Offset = 7
@@ -225,9 +228,9 @@ func TestProtocolsAgreeOnServerFrames(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			j, b := decode(t, JSON, f(JSON)), decode(t, Proto, f(Proto))
-			if !proto.Equal(j, b) {
-				t.Errorf("JSON  %v\nproto %v", j, b)
+			j, b, e := decode(t, JSON, f(JSON)), decode(t, Proto, f(Proto)), decode(t, SSE, f(SSE))
+			if !proto.Equal(j, b) || !proto.Equal(j, e) {
+				t.Errorf("JSON  %v\nproto %v\nSSE   %v", j, b, e)
 			}
 			if j.Type == "" || j.Timestamp == 0 || !json.Valid(j.Data) {
 				t.Errorf("%v", j)
@@ -235,11 +238,13 @@ func TestProtocolsAgreeOnServerFrames(t *testing.T) {
 		})
 	}
 	d := record([]byte(`1`))
-	if f := d.FrameFor(JSON); d.proto != nil || &f[0] != &d.Frame[0] {
+	if f := d.FrameFor(JSON); d.others.Load() != nil || &f[0] != &d.Frame[0] {
 		t.Error("encoded for nobody, or twice")
 	}
-	if f := d.FrameFor(Proto); &f[0] != &d.FrameFor(Proto)[0] {
-		t.Error("encoded twice")
+	for _, p := range []Protocol{Proto, SSE} {
+		if f := d.FrameFor(p); &f[0] != &d.FrameFor(p)[0] {
+			t.Errorf("%d: encoded twice", p)
+		}
 	}
 	// A frame is appended: what stands before it stays.
 	for _, n := range []int{0, 1, 100, 20_000} {
@@ -309,7 +314,7 @@ func FuzzParseClientProto(f *testing.F) {
 	})
 }
 
-// FuzzServerProto: whatever the texts are, both protocols say the same.
+// FuzzServerProto: whatever the texts are, all protocols say the same.
 func FuzzServerProto(f *testing.F) {
 	f.Add("new-message", "t-0-1", "name", int64(1), uint64(1))
 	f.Add("\"", "\u2028", strings.Repeat("n", 200), int64(1)<<62, uint64(1)<<63)
@@ -324,9 +329,9 @@ func FuzzServerProto(f *testing.F) {
 			func(p Protocol) []byte { return p.AppendAck(nil, u, text, n) },
 			func(p Protocol) []byte { return p.AppendError(nil, Code(typ), text, n) },
 		} {
-			j, b := decode(t, JSON, frame(JSON)), decode(t, Proto, frame(Proto))
-			if !proto.Equal(j, b) {
-				t.Fatalf("JSON  %v\nproto %v", j, b)
+			j, b, e := decode(t, JSON, frame(JSON)), decode(t, Proto, frame(Proto)), decode(t, SSE, frame(SSE))
+			if !proto.Equal(j, b) || !proto.Equal(j, e) {
+				t.Fatalf("JSON  %v\nproto %v\nSSE   %v", j, b, e)
 			}
 		}
 	})
@@ -345,7 +350,7 @@ func BenchmarkProtocols(b *testing.B) {
 	u := &Upstream{ClientMsgID: []byte("c-12345"), MessageID: []byte("01JABCDEFGHJKMNPQRSTVWXYZ0"), Temp: true, Result: UpstreamResult{Partition: 3, Offset: 123456789}}
 	d := &Downstream{Type: "new-message", MessageID: "01JABCDEFGHJKMNPQRSTVWXYZ0", Data: []byte(`{"content":"` + strings.Repeat("x", 128) + `"}`)}
 	dst := make([]byte, 0, 1024)
-	for p, name := range []string{JSON: "json", Proto: "proto"} {
+	for p, name := range []string{JSON: "json", Proto: "proto", SSE: "sse"} {
 		p := Protocol(p)
 		frame := encode(b, p, typicalProto())
 		var m ClientMessage
