@@ -127,7 +127,7 @@ func (b *EgressBatch) Reset() {
 // result. It is pooled: NewUpstream and Release.
 type Upstream struct {
 	// Set by the builder, read-only afterwards. The slices point into one buffer of the record's own.
-	Session     SessionID // zero: from the HTTP API
+	Session     SessionID // zero: from the HTTP API, for none
 	User        string    // the record's key
 	Value       []byte    // the record's value, final bytes
 	MessageID   []byte    // the gateway's ULID
@@ -142,7 +142,7 @@ type Upstream struct {
 	Recent     uint32                // where it is remembered for them; 0: it is not
 	Deadline   int64                 // Unix ms after which the client is told OUTCOME_UNKNOWN
 	Unknown    bool                  // it has been told
-	Reply      chan<- UpstreamResult // the HTTP API waits here, capacity 1; nil otherwise
+	Reply      chan<- UpstreamResult // the HTTP API waits here, capacity 1; nil: nobody, or no more
 
 	// Set by the broker.
 	Result UpstreamResult

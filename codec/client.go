@@ -94,6 +94,15 @@ func ParseClient(frame []byte, m *ClientMessage) error {
 	return m.readData()
 }
 
+// Control tells whether the message is for the gateway itself, and does not go upstream.
+func (m *ClientMessage) Control() bool {
+	switch string(m.Type) {
+	case TypePing, TypeDeliveryAck, TypeRefreshToken:
+		return true
+	}
+	return false
+}
+
 func (m *ClientMessage) validType() bool {
 	return len(m.Type) > 0 && len(m.Type) <= MaxTypeLen && !hasControl(m.Type)
 }

@@ -14,6 +14,7 @@ const (
 	OutcomeUnknown    Code = "OUTCOME_UNKNOWN"
 	AuthFailed        Code = "AUTH_FAILED"
 	TokenExpired      Code = "TOKEN_EXPIRED"
+	SessionNotFound   Code = "SESSION_NOT_FOUND" // over HTTP only
 )
 
 // CloseCode is a WebSocket close code (RFC 6455, section 7.4).

@@ -230,6 +230,7 @@ func locate(p *registry.Presence) func(context.Context, []string) []broker.Locat
 // publisher is the HTTP API's way upstream.
 type publisher struct {
 	shards *shard.Set
+	server *transport.Server // set before it serves
 
 	mu      sync.Mutex // of builder: the API is not the hot path
 	builder *codec.Builder
@@ -253,9 +254,15 @@ func (p *publisher) Publish(ctx context.Context, from Caller, frame []byte) (Pub
 		}
 		return refuse("the body is not a message")
 	}
-	switch string(m.Type) {
-	case codec.TypePing, codec.TypeDeliveryAck, codec.TypeRefreshToken:
-		return refuse("messages of type " + string(m.Type) + " are for WebSocket sessions only")
+	if from.Session != "" {
+		posted, err := p.server.Post(ctx, from.User, from.Session, frame, &m)
+		return Published{
+			ClientMsgID: string(m.ClientMsgID), Result: posted.Result, Message: posted.Message,
+			Control: m.Control(), ExpiresAt: posted.ExpiresAt,
+		}, err
+	}
+	if m.Control() {
+		return refuse("messages of type " + string(m.Type) + " are for a session: name it by session_id in the query")
 	}
 	m.DeviceID = from.DeviceID
 	p.mu.Lock()

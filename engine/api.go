@@ -23,6 +23,7 @@ import (
 type Caller struct {
 	User     string
 	DeviceID string // empty: not named
+	Session  string // for which the message is; empty: for none
 }
 
 // ErrTokenExpired is what an Authenticate function wraps when the token was good once.
@@ -32,7 +33,7 @@ var ErrTokenExpired = errors.New("the token has expired")
 type Publisher interface {
 	// Publish hands the envelope in frame, sent by user, to Kafka and waits until its fate is known
 	// or ctx ends. A refusal is in the result's code; an error means that the fate is not known.
-	// frame is the callee's to keep.
+	// frame is the callee's to keep. What the caller's session is to do itself is done, too.
 	Publish(ctx context.Context, from Caller, frame []byte) (Published, error)
 }
 
@@ -41,6 +42,8 @@ type Published struct {
 	ClientMsgID string
 	Result      codec.UpstreamResult
 	Message     string // says more about a refusal; may be empty
+	Control     bool   // the session did it, nothing was stored
+	ExpiresAt   int64  // of the session's new token, Unix ms; 0: it has none
 }
 
 // APIOptions configure the HTTP API.
@@ -165,6 +168,7 @@ func (a *API) table() []*route {
 		&route{path: "/healthz", methods: get, serve: healthz, light: true},
 		&route{path: "/openapi.json", methods: get, serve: openAPI, light: true},
 		&route{path: "/ws", methods: get, serve: upgradeRequired, light: true},
+		&route{path: "/sse", methods: get, serve: streamElsewhere, light: true},
 	)
 }
 
@@ -294,6 +298,12 @@ func upgradeRequired(c *call) {
 	c.w.Header().Set("Connection", "Upgrade")
 	c.w.Header().Set("Upgrade", "websocket")
 	c.fail(http.StatusUpgradeRequired, "UPGRADE_REQUIRED", "this is a WebSocket endpoint")
+}
+
+// streamElsewhere stands for GET /sse, which the event loops answer; it never gets here.
+func streamElsewhere(c *call) {
+	c.retryAfter(0)
+	c.fail(http.StatusServiceUnavailable, string(codec.Overloaded), "this is an event stream")
 }
 
 func openAPI(c *call) {

@@ -17,6 +17,11 @@ type stored struct {
 	Offset      *int64 `json:"offset,omitempty"` // nil: not known
 }
 
+// done is the answer to what a session did itself.
+type done struct {
+	ExpiresAt int64 `json:"expires_at,omitempty"`
+}
+
 // publish serves POST /api/messages.
 func publish(c *call) {
 	caller, err := c.api.o.Authenticate(c.r)
@@ -38,6 +43,7 @@ func publish(c *call) {
 	if !ok {
 		return
 	}
+	caller.Session = c.r.URL.Query().Get("session_id")
 	ctx, cancel := context.WithTimeout(c.r.Context(), c.api.o.PublishDeadline)
 	defer cancel()
 	p, err := c.api.o.Publisher.Publish(ctx, caller, body)
@@ -51,6 +57,10 @@ func publish(c *call) {
 	}
 	if p.Result.Code != codec.OK {
 		c.refuse(p)
+		return
+	}
+	if p.Control {
+		c.succeed(done{p.ExpiresAt})
 		return
 	}
 	answer := stored{
@@ -84,6 +94,10 @@ func (c *call) refuse(p Published) {
 		status, message = http.StatusGatewayTimeout, "stored or not: send again under the same id"
 	case codec.AuthFailed, codec.TokenExpired:
 		status, message = http.StatusUnauthorized, "the token is not good any more"
+	case codec.SessionNotFound:
+		status = http.StatusNotFound
+		message = "this gateway has no such session of yours: it has ended, or is on another gateway; " +
+			"send both to one gateway (sticky routing)"
 	default:
 		status, message = http.StatusInternalServerError, "internal error"
 	}

@@ -366,10 +366,11 @@ func (e *Engine) newServer() (*transport.Server, error) {
 	if err != nil {
 		return nil, err
 	}
+	messages := &publisher{shards: e.shards, builder: codec.NewBuilder(e.cfg.GatewayID, e.nonce)}
 	api, err := NewAPI(APIOptions{
 		Auth: logicpb.NewAuthServiceClient(e.logic), AuthDeadline: e.cfg.Logic.Deadline,
 		Authenticate:    authenticate(e.verifier),
-		Publisher:       &publisher{shards: e.shards, builder: codec.NewBuilder(e.cfg.GatewayID, e.nonce)},
+		Publisher:       messages,
 		PublishDeadline: e.cfg.Kafka.AckDeadline + 2*time.Second,
 		UpstreamTopic:   e.cfg.Kafka.UpstreamTopic, MaxMessageBytes: e.cfg.WebSocket.MaxMessageBytes,
 		MaxBodyBytes: e.cfg.HTTP.MaxBodyBytes, MaxRequests: e.cfg.HTTP.MaxRequests,
@@ -388,7 +389,7 @@ func (e *Engine) newServer() (*transport.Server, error) {
 		}
 		certificate = c.Certificate
 	}
-	return transport.New(transport.Options{
+	messages.server, err = transport.New(transport.Options{
 		Addr: e.cfg.HTTP.Addr, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,
 		Sink: e.shards, Verifier: e.verifier, API: api,
 		MaxMessageBytes: w.MaxMessageBytes, HeadBytes: w.HeadBytes, HandshakeTimeout: w.HandshakeTimeout,
@@ -404,6 +405,7 @@ func (e *Engine) newServer() (*transport.Server, error) {
 		RefuseQueryToken: !e.cfg.Auth.QueryToken,
 		AllowedOrigins:   w.AllowedOrigins, Logger: e.log, Registerer: e.metrics,
 	})
+	return messages.server, err
 }
 
 // startKafka connects the producer and joins the consumer's group; nothing is fetched yet.

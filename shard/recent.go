@@ -166,7 +166,7 @@ func (r *recent) settled(u *codec.Upstream) {
 	copy(e.messageID[:], u.MessageID)
 }
 
-// answerAgain gives a retry the first one's ack, or lets it wait for it.
+// answerAgain gives a retry the first one's ack, or lets it wait for it. Without a session it was posted.
 func (s *shard) answerAgain(ses *session, u *codec.Upstream, e *recentEntry) {
 	s.metrics.retries.Inc()
 	if e.flight != nil {
@@ -181,10 +181,6 @@ func (s *shard) answerAgain(ses *session, u *codec.Upstream, e *recentEntry) {
 	}
 	u.Result = codec.UpstreamResult{Partition: e.partition, Offset: e.offset}
 	u.MessageID = append(u.MessageID[:0], e.messageID[:]...)
-	if ses == nil {
-		s.reply(u, u.Result)
-	} else {
-		s.acknowledge(ses, u)
-	}
+	s.acknowledge(ses, u)
 	u.Release()
 }

@@ -37,11 +37,12 @@ func (f *flight) remove(u *codec.Upstream) {
 	f.n--
 }
 
-// onMessage accepts or refuses a client's message.
+// onMessage accepts or refuses a client's message: of its connection, or posted for its session.
 func (s *shard) onMessage(u *codec.Upstream) {
 	ses := s.lookup(u.Session)
 	if ses == nil || ses.state == closing {
 		s.metrics.orphans.Inc()
+		s.reply(u, codec.UpstreamResult{Code: codec.SessionNotFound})
 		u.Release()
 		return
 	}
@@ -59,6 +60,7 @@ func (s *shard) onMessage(u *codec.Upstream) {
 	case farBeyond:
 		s.metrics.userFlood.Inc()
 		s.metrics.refuse(codec.RateLimited)
+		s.reply(u, codec.UpstreamResult{Code: codec.RateLimited})
 		s.close(ses, codec.ClosePolicy, "too many messages")
 		u.Release()
 		return
@@ -103,6 +105,9 @@ func (s *shard) accept(u *codec.Upstream) {
 // refuse answers with an error: under the message's name, where it has one.
 func (s *shard) refuse(ses *session, u *codec.Upstream, code codec.Code, retryAfterMS int32) {
 	s.metrics.refuse(code)
+	if s.reply(u, codec.UpstreamResult{Code: code, RetryAfterMS: retryAfterMS}) {
+		return
+	}
 	b := s.box(ses)
 	start := len(b.Arena)
 	if len(u.ClientMsgID) > 0 {
@@ -156,7 +161,7 @@ func (s *shard) onPublish(u *codec.Upstream) {
 	}
 	if code != codec.OK {
 		s.metrics.refuse(code)
-		u.Reply <- codec.UpstreamResult{Code: code, RetryAfterMS: retry}
+		s.reply(u, codec.UpstreamResult{Code: code, RetryAfterMS: retry})
 		u.Release()
 		return
 	}
@@ -200,19 +205,19 @@ func (s *shard) answer(u *codec.Upstream) {
 	if !u.Unknown {
 		s.flight.remove(u)
 	}
-	if u.Reply != nil {
-		if !u.Unknown {
-			s.reply(u, u.Result)
+	ses := s.lookup(u.Session)
+	if ses != nil {
+		ses.inFlight--
+	}
+	switch {
+	case s.reply(u, u.Result):
+		return
+	case ses == nil:
+		if u.Session != 0 {
+			s.metrics.orphans.Inc()
 		}
 		return
-	}
-	ses := s.lookup(u.Session)
-	if ses == nil {
-		s.metrics.orphans.Inc()
-		return
-	}
-	ses.inFlight--
-	if ses.state == closing {
+	case ses.state == closing:
 		return
 	}
 	if u.Result.Code != codec.OK {
@@ -224,9 +229,9 @@ func (s *shard) answer(u *codec.Upstream) {
 	s.acknowledge(ses, u)
 }
 
-// acknowledge tells a session that its message is stored, where that has a name.
+// acknowledge tells a session that its message is stored, where that has a name, or who has posted it.
 func (s *shard) acknowledge(ses *session, u *codec.Upstream) {
-	if len(u.ClientMsgID) == 0 {
+	if s.reply(u, u.Result) || len(u.ClientMsgID) == 0 {
 		return
 	}
 	out := s.box(ses)
@@ -235,9 +240,16 @@ func (s *shard) acknowledge(ses *session, u *codec.Upstream) {
 	s.send(ses, out.Arena[start:len(out.Arena):len(out.Arena)], codec.Delivery{})
 }
 
-func (s *shard) reply(u *codec.Upstream, r codec.UpstreamResult) {
+// reply answers the HTTP request that waits for a record, once; false: there is none. What is known later
+// goes to the session that the message was posted for, if any.
+func (s *shard) reply(u *codec.Upstream, r codec.UpstreamResult) bool {
+	if u.Reply == nil {
+		return false
+	}
 	r.MessageID = string(u.MessageID)
-	u.Reply <- r // capacity 1, one answer
+	u.Reply <- r // capacity 1
+	u.Reply = nil
+	return true
 }
 
 // expireFlight tells the clients of records whose deadline has passed that their outcome is not
@@ -253,8 +265,7 @@ func (s *shard) expireFlight() bool {
 		s.flight.remove(u)
 		u.Unknown = true
 		s.metrics.unknown.Inc()
-		if u.Reply != nil {
-			s.reply(u, codec.UpstreamResult{Code: codec.OutcomeUnknown, Offset: -1})
+		if s.reply(u, codec.UpstreamResult{Code: codec.OutcomeUnknown, Offset: -1}) {
 			continue
 		}
 		if ses := s.lookup(u.Session); ses != nil && ses.state != closing {

@@ -20,7 +20,7 @@ const (
 	stateHead                       // reading the head of the first request
 	stateVerifying                  // the token is being checked off the loop
 	stateBridged                    // net/http has it
-	stateOpen                       // frames
+	stateOpen                       // frames, or events
 	stateClosing                    // a close or a last response has been written; draining input
 	stateClosed                     // gnet has let go of it; never written to again
 )
@@ -113,6 +113,10 @@ func (cn *conn) read() {
 	case stateBridged:
 		cn.feedBridge()
 	case stateOpen:
+		if cn.protocol == codec.SSE {
+			cn.discardInput()
+			return
+		}
 		cn.readFrames()
 	case stateClosing:
 		cn.drain()
@@ -277,8 +281,8 @@ func (l *loop) tickSuspects() {
 	l.suspects = append(kept, l.suspects...)
 }
 
-// fail closes a connection for a reason of the gateway's: a close frame where frames are spoken, then a
-// lingering close.
+// fail closes a connection for a reason of the gateway's: a close frame, or event, where they are spoken,
+// then a lingering close.
 func (l *loop) fail(cn *conn, code codec.CloseCode, reason string) {
 	switch cn.state {
 	case stateClosed, stateClosing:
@@ -290,7 +294,7 @@ func (l *loop) fail(cn *conn, code codec.CloseCode, reason string) {
 		// What the loop had to say stands before the close.
 		replies := l.replies
 		l.replies = l.replies[:0]
-		cn.endOpen(code, reason, appendClose(replies, code, reason))
+		cn.endOpen(code, reason, cn.appendClose(replies, code, reason))
 	default:
 		cn.respond(internalResponse)
 	}

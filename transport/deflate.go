@@ -9,6 +9,8 @@ import (
 	"github.com/gobwas/httphead"
 	"github.com/gobwas/ws"
 	"github.com/klauspost/compress/flate"
+
+	"im-gateway/codec"
 )
 
 // permessage-deflate (RFC 7692). Neither side keeps a context between messages, so a connection costs no
@@ -172,8 +174,12 @@ func (d *deflater) begin() {
 // rsv1 marks a compressed message (RFC 7692, section 6).
 const rsv1 = 0x40
 
-// appendMessage appends a message in one frame, compressed where that has been agreed and pays.
+// appendMessage appends a message in one frame, compressed where that has been agreed and pays, or an event
+// as it is.
 func (cn *conn) appendMessage(dst []byte, op ws.OpCode, payload []byte) []byte {
+	if cn.protocol == codec.SSE {
+		return append(dst, payload...)
+	}
 	l := cn.l
 	if cn.deflate && len(payload) > 0 && len(payload) >= l.s.opts.Compression.Threshold {
 		if b := l.deflater.deflate(payload); len(b) > 0 {

@@ -32,8 +32,18 @@ func TestSizeOfAConnection(t *testing.T) {
 }
 
 // TestMemoryPerIdleSession holds the gateway's part, gnet's included, of what an idle session costs on
-// the heap. The clients are bare descriptors and cost nothing there.
+// the heap, the same for a WebSocket and for an event stream. The clients are bare descriptors and cost
+// nothing there.
 func TestMemoryPerIdleSession(t *testing.T) {
+	for _, tc := range []struct{ name, head, answer string }{
+		{"WebSocket", "GET /ws HTTP/1.1\r\n" + upgradeLines, "HTTP/1.1 101"},
+		{"event stream", "GET /sse HTTP/1.1\r\n" + streamLines, "HTTP/1.1 200"},
+	} {
+		t.Run(tc.name, func(t *testing.T) { memoryPerIdleSession(t, tc.head, tc.answer) })
+	}
+}
+
+func memoryPerIdleSession(t *testing.T, head, opened string) {
 	const budget = 700 // bytes; most of them are gnet's
 	// Both ends have their descriptor in this process: as near to 10,000 as a limit of 20,000 allows.
 	var limit unix.Rlimit
@@ -46,7 +56,7 @@ func TestMemoryPerIdleSession(t *testing.T) {
 	sink.next(t, codec.EventOpen)
 	var heads [][]byte
 	for i := range n {
-		heads = append(heads, []byte("GET /ws HTTP/1.1\r\n"+upgradeLines+"Authorization: Bearer "+
+		heads = append(heads, []byte(head+"Authorization: Bearer "+
 			token(t, "user-"+strconv.Itoa(i), time.Hour)+"\r\n\r\n"))
 	}
 	addr, ok := s.Addr().(*net.TCPAddr)
@@ -74,7 +84,7 @@ func TestMemoryPerIdleSession(t *testing.T) {
 		if _, err := unix.Write(fd, head); err != nil {
 			t.Fatal(err)
 		}
-		if k, err := unix.Read(fd, answer); err != nil || !strings.HasPrefix(string(answer[:k]), "HTTP/1.1 101") {
+		if k, err := unix.Read(fd, answer); err != nil || !strings.HasPrefix(string(answer[:k]), opened) {
 			t.Fatalf("%q, %v", answer[:k], err)
 		}
 	}

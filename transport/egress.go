@@ -4,8 +4,6 @@ import (
 	"context"
 	"time"
 
-	"github.com/gobwas/ws"
-
 	"im-gateway/codec"
 )
 
@@ -94,13 +92,11 @@ func (l *loop) serve(cn *conn, cmds []codec.Command, next []int32, head int32) {
 			c.Position = start + uint64(len(out))
 			frames++
 		case codec.CommandPing:
-			if l.now-cn.lastRead > l.s.opts.HeartbeatTimeout.Milliseconds() {
+			var late bool
+			if out, late = cn.ping(out); late {
 				cmds[i].Code, cmds[i].Reason = codec.CloseHeartbeatMissed, reasonSilent
 				closeAt = i
-				continue
 			}
-			l.suspect(cn)
-			out = appendFrame(out, ws.OpPing, nil)
 		case codec.CommandClose:
 			closeAt = i
 		}

@@ -109,7 +109,7 @@ func (f *httpFront) Close() error {
 // Addr implements net.Listener.
 func (f *httpFront) Addr() net.Addr { return f.s.addr }
 
-// ServeHTTP implements http.Handler: an upgrade of /ws goes back to the event loop.
+// ServeHTTP implements http.Handler: an upgrade of /ws, and GET /sse, go back to the event loop.
 func (f *httpFront) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case f.s.pressed.Load():
@@ -117,6 +117,8 @@ func (f *httpFront) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Retry-After", retryAfterShed)
 		w.Header().Set("Connection", "close")
 		refuseHTTP(w, http.StatusServiceUnavailable, string(codec.Overloaded), "the gateway is short of memory")
+	case r.URL.Path == ssePath:
+		f.serveStream(w, r)
 	case r.URL.Path != wsPath:
 		f.s.opts.API.ServeHTTP(w, r)
 	case r.Method == http.MethodGet && asksForWebSocket(r):
@@ -151,7 +153,7 @@ func refuseHTTP(w http.ResponseWriter, status int, code, message string) {
 	_, _ = w.Write(body) // who has gone needs no answer
 }
 
-// handBack returns a connection to its loop with the upgrade's head and what was read behind it.
+// handBack returns a connection to its loop with the request's head and what was read behind it.
 func (f *httpFront) handBack(w http.ResponseWriter, r *http.Request) {
 	hijacker, ok := w.(http.Hijacker)
 	if !ok {
@@ -175,7 +177,8 @@ func (f *httpFront) handBack(w http.ResponseWriter, r *http.Request) {
 	}
 	head := requestHead(r)
 	cn := b.cn
-	if !cn.l.executeFor(cn, func() { cn.takeBack(b, head, rest) }) {
+	events := r.URL.Path == ssePath
+	if !cn.l.executeFor(cn, func() { cn.takeBack(b, head, rest, events) }) {
 		_ = conn.Close()
 	}
 }
@@ -236,8 +239,8 @@ func (cn *conn) feedBridge() {
 	}
 }
 
-// takeBack makes the connection the loop's again, with an upgrade's head; on the loop.
-func (cn *conn) takeBack(b *bridge, head, rest []byte) {
+// takeBack makes the connection the loop's again, with the head of a request for a session; on the loop.
+func (cn *conn) takeBack(b *bridge, head, rest []byte, events bool) {
 	if cn.state != stateBridged || cn.bridge != b {
 		return
 	}
@@ -255,6 +258,7 @@ func (cn *conn) takeBack(b *bridge, head, rest []byte) {
 	}
 	var h upgradeHead
 	h.read(head)
+	h.wish.events = events
 	cn.upgrade(head, &h, 0)
 }
 

@@ -22,22 +22,27 @@ const (
 	oursPrefix    = "im."
 	bearerPrefix  = "bearer."
 	wsPath        = "/ws"
+	ssePath       = "/sse"
 )
 
 var (
-	lineEnd  = []byte("\r\n")
-	space    = []byte(" ")
-	colon    = []byte(":")
-	wsPrefix = []byte("GET " + wsPath)
-	anyGet   = []byte("GET ")
+	lineEnd = []byte("\r\n")
+	space   = []byte(" ")
+	colon   = []byte(":")
+	anyGet  = []byte("GET ")
+	wsGet   = []byte("GET " + wsPath)
+	sseGet  = []byte("GET " + ssePath)
 )
 
-// upgradeHead is what the gateway itself reads of an upgrade's head. Its slices point into the head.
+// upgradeHead is what the gateway itself reads of the head of a request for a session: a WebSocket's
+// upgrade, or GET /sse. Its slices point into the head.
 type upgradeHead struct {
 	malformed bool // in a way that the upgrader lets pass
 	upgrade   bool // Upgrade: websocket
 	inQuery   bool // the token came in the query
 	wish      wish
+	version   []byte // HTTP/1.1
+	hosts     int
 	host      []byte
 	origin    []byte
 	token     []byte
@@ -49,8 +54,9 @@ type upgradeHead struct {
 	foreign   int
 }
 
-// wish is what the query of an upgrade asks for.
+// wish is what a request for a session asks for, mostly in its query.
 type wish struct {
+	events    bool   // server-sent events, no WebSocket
 	authClose bool   // auth=close: a refused token is told by a close code
 	acks      bool   // ack=1: the client acknowledges deliveries
 	deviceID  string // unless the token names one
@@ -77,7 +83,7 @@ func (cn *conn) readHead() {
 		return
 	case size == 0:
 		return // net/http would hold a goroutine for a head that is slow to come
-	case l.s.opts.Echo && !bytes.HasPrefix(b, anyGet), !l.s.opts.Echo && !opensWebSocket(b):
+	case l.s.opts.Echo && !bytes.HasPrefix(b, anyGet), !l.s.opts.Echo && !gets(b, wsGet) && !gets(b, sseGet):
 		cn.handOver()
 		return
 	case !strict:
@@ -88,7 +94,8 @@ func (cn *conn) readHead() {
 	head := b[:size]
 	var h upgradeHead
 	h.read(head)
-	if !h.upgrade && !h.malformed && !l.s.opts.Echo {
+	h.wish.events = gets(head, sseGet) && !l.s.opts.Echo
+	if !h.upgrade && !h.wish.events && !h.malformed && !l.s.opts.Echo {
 		cn.handOver()
 		return
 	}
@@ -114,9 +121,9 @@ func headSize(b []byte) (size int, strict bool) {
 	}
 }
 
-// opensWebSocket tells whether a request is a GET of the WebSocket's path.
-func opensWebSocket(head []byte) bool {
-	rest, ok := bytes.CutPrefix(head, wsPrefix)
+// gets tells whether a request, whose head is whole, begins with a GET of this path.
+func gets(head, get []byte) bool {
+	rest, ok := bytes.CutPrefix(head, get)
 	return ok && (rest[0] == ' ' || rest[0] == '?')
 }
 
@@ -125,13 +132,13 @@ func opensWebSocket(head []byte) bool {
 func (h *upgradeHead) read(head []byte) {
 	line, rest, _ := bytes.Cut(head, lineEnd)
 	if _, target, ok := bytes.Cut(line, space); ok {
-		target, _, _ = bytes.Cut(target, space)
+		target, h.version, _ = bytes.Cut(target, space)
 		_, query, _ := bytes.Cut(target, []byte("?"))
 		h.readQuery(query)
 	}
 	h.malformed = h.malformed || hasControl(line)
 	var fromHeader, fromProtocol []byte
-	var hosts, keys, versions, origins int
+	var keys, versions, origins int
 	for len(rest) > 0 {
 		line, rest, _ = bytes.Cut(rest, lineEnd)
 		if len(line) == 0 {
@@ -148,7 +155,7 @@ func (h *upgradeHead) read(head []byte) {
 		switch {
 		case equalFold(key, "host"):
 			h.host = value
-			hosts++
+			h.hosts++
 		case equalFold(key, "upgrade"):
 			h.upgrade = h.upgrade || equalFold(value, "websocket")
 		case equalFold(key, "sec-websocket-key"):
@@ -173,7 +180,7 @@ func (h *upgradeHead) read(head []byte) {
 			}
 		}
 	}
-	h.malformed = h.malformed || hosts > 1 || keys > 1 || versions > 1 || origins > 1
+	h.malformed = h.malformed || h.hosts > 1 || keys > 1 || versions > 1 || origins > 1
 	switch {
 	case fromHeader != nil:
 		h.token, h.inQuery = fromHeader, false
@@ -276,7 +283,7 @@ func bearerToken(value []byte) []byte {
 	return bytes.TrimSpace(token)
 }
 
-// upgrade decides about an upgrade request; inBuffer is how many bytes of it lie in gnet's buffer.
+// upgrade decides about a request for a session; inBuffer is how many bytes of it lie in gnet's buffer.
 func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 	l := cn.l
 	if l.s.opts.Echo {
@@ -312,6 +319,12 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 		l.s.metrics.handshake.refused.Inc()
 		cn.respond(queryResponse)
 		return
+	case h.wish.events:
+		if refusal := h.checkStream(); refusal != "" {
+			l.s.metrics.handshake.malformed.Inc()
+			cn.respond(refusal)
+			return
+		}
 	case !h.selectable():
 		l.s.metrics.handshake.malformed.Inc()
 		cn.respond(protocolResponse)
@@ -322,8 +335,8 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 		cn.finishUpgrade(head, inBuffer, h.wish, who, err)
 		return
 	}
-	head = append([]byte(nil), head...)
-	token := append([]byte(nil), h.token...)
+	head = bytes.Clone(head)
+	token := bytes.Clone(h.token)
 	wish := h.wish
 	check := func() {
 		who, err := l.s.identify(token)
@@ -357,8 +370,8 @@ func (cn *conn) countForwarded(head []byte) bool {
 	return true
 }
 
-// finishUpgrade answers the upgrade once the token's fate is known, and goes on with the frames that
-// follow it.
+// finishUpgrade answers the request once the token's fate is known, and goes on with the frames that
+// follow an upgrade.
 func (cn *conn) finishUpgrade(head []byte, inBuffer int, w wish, who Identity, err error) {
 	l := cn.l
 	if err != nil {
@@ -368,6 +381,10 @@ func (cn *conn) finishUpgrade(head []byte, inBuffer int, w wish, who Identity, e
 			cn.respond(unauthorized(err))
 			return
 		}
+	}
+	if w.events {
+		cn.startStream(head, inBuffer, w, who, err)
+		return
 	}
 	l.hs.reset(head)
 	up := &upgrader
@@ -479,9 +496,9 @@ var (
 	methodResponse  = response("405 Method Not Allowed", "Allow: GET\r\n", "METHOD_NOT_ALLOWED", "only GET opens a WebSocket")
 	versionResponse = response("426 Upgrade Required", "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
 		"UPGRADE_REQUIRED", "this is a WebSocket, version 13")
-	protoResponse      = response("505 HTTP Version Not Supported", "", string(codec.InvalidMessage), "a WebSocket needs HTTP/1.1")
+	protoResponse      = response("505 HTTP Version Not Supported", "", string(codec.InvalidMessage), "HTTP/1.1 is spoken here")
 	plainResponse      = response("400 Bad Request", "", string(codec.InvalidMessage), "this port takes TLS only: use https or wss")
-	badRequestResponse = response("400 Bad Request", "", string(codec.InvalidMessage), "the upgrade request is malformed")
+	badRequestResponse = response("400 Bad Request", "", string(codec.InvalidMessage), "the request is malformed")
 	internalResponse   = response("500 Internal Server Error", "", "INTERNAL", "internal error")
 	expiredResponse    = response("401 Unauthorized", "WWW-Authenticate: Bearer error=\"invalid_token\"\r\n",
 		string(codec.TokenExpired), ErrTokenExpired.Error())

@@ -309,8 +309,8 @@ func TestHandshakeTimeout(t *testing.T) {
 	}
 }
 
-// TestIdleSessionsCostNoGoroutines: 5,000 sessions, half of them upgraded on a connection that
-// net/http had before.
+// TestIdleSessionsCostNoGoroutines: 5,000 sessions, half of them opened on a connection that net/http had
+// before, and every third an event stream.
 func TestIdleSessionsCostNoGoroutines(t *testing.T) {
 	s, sink := start(t, nil)
 	warm := dial(t, s)
@@ -326,7 +326,13 @@ func TestIdleSessionsCostNoGoroutines(t *testing.T) {
 				t.Fatalf("body %q", body)
 			}
 		}
-		c.send("GET /ws HTTP/1.1\r\n", upgradeLines, "Authorization: Bearer ", token(t, "u"+strings.Repeat("x", i%20), time.Hour), "\r\n\r\n")
+		auth := "Authorization: Bearer " + token(t, "u"+strings.Repeat("x", i%20), time.Hour) + "\r\n\r\n"
+		if i%3 == 0 {
+			c.send("GET /sse HTTP/1.1\r\n", streamLines, auth)
+			c.opened()
+			continue
+		}
+		c.send("GET /ws HTTP/1.1\r\n", upgradeLines, auth)
 		if resp, _ := c.answer(); resp.StatusCode != 101 {
 			t.Fatal(resp.Status)
 		}

@@ -285,6 +285,9 @@ func (l *loop) startSession(cn *conn, who Identity, w wish) {
 		DeviceID: dev, Device: cmp.Or(who.Device, w.device),
 	}})
 	l.s.metrics.sessions.Inc()
+	if cn.protocol == codec.SSE {
+		l.s.metrics.streams.Inc()
+	}
 }
 
 // endSession ends the connection's session, once: what the kernel took is reported before.
@@ -302,6 +305,9 @@ func (l *loop) endSession(cn *conn, code codec.CloseCode, reason string) {
 	link.free = append(link.free, cn.id.Index())
 	cn.id = 0
 	l.s.metrics.sessions.Dec()
+	if cn.protocol == codec.SSE {
+		l.s.metrics.streams.Dec()
+	}
 	l.s.metrics.close(code)
 }
 

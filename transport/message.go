@@ -66,22 +66,30 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 	case codec.TypeDeliveryAck:
 		l.acked(cn, m.DeliveryID)
 	default:
-		if l.s.pressed.Load() {
-			l.s.metrics.pressed.messages.Inc()
-			cn.refuse(&m, codec.Overloaded, "the gateway is short of memory; the message was not stored", pressureRetryMS)
-			return
+		if text, retryMS := cn.upstream(&m, nil); text != "" {
+			cn.refuse(&m, codec.Overloaded, text, retryMS)
 		}
-		shard := cn.id.Shard()
-		if l.full(shard) {
-			cn.refuse(&m, codec.Overloaded, "the gateway is overloaded; the message was not stored", overloadRetryMS)
-			return
-		}
-		if len(l.devices) > 0 {
-			m.DeviceID = l.devices[cn.id]
-		}
-		l.emit(codec.Event{Kind: codec.EventMessage, Session: cn.id,
-			Upstream: l.builder.Build(&m, cn.user, cn.id, l.now)})
 	}
+}
+
+// upstream hands a message to its shard, or says why it does not and when to try again. The answer goes to
+// the connection, or to reply, if there is one.
+func (cn *conn) upstream(m *codec.ClientMessage, reply chan<- codec.UpstreamResult) (refusal string, retryMS int32) {
+	l := cn.l
+	if l.s.pressed.Load() {
+		l.s.metrics.pressed.messages.Inc()
+		return "the gateway is short of memory; the message was not stored", pressureRetryMS
+	}
+	if l.full(cn.id.Shard()) {
+		return "the gateway is overloaded; the message was not stored", overloadRetryMS
+	}
+	if len(l.devices) > 0 {
+		m.DeviceID = l.devices[cn.id]
+	}
+	u := l.builder.Build(m, cn.user, cn.id, l.now)
+	u.Reply = reply
+	l.emit(codec.Event{Kind: codec.EventMessage, Session: cn.id, Upstream: u})
+	return "", 0
 }
 
 // op is what the messages of the connection's protocol are sent as, both ways.
@@ -123,7 +131,11 @@ const pressureRetryMS = 5000
 func (cn *conn) reply(payload []byte) {
 	l := cn.l
 	l.scratch = payload[:0]
-	l.replies = appendFrame(l.replies, cn.op(), payload)
+	if cn.protocol == codec.SSE {
+		l.replies = append(l.replies, payload...)
+	} else {
+		l.replies = appendFrame(l.replies, cn.op(), payload)
+	}
 	if len(l.replies) > maxKeptScratch {
 		cn.flushReplies()
 	}
@@ -172,16 +184,22 @@ func (cn *conn) refreshToken(token []byte) {
 }
 
 func (cn *conn) refreshed(who Identity, err error) {
-	l := cn.l
+	if refusal := cn.renew(who, err); refusal != "" {
+		cn.reply(cn.protocol.AppendError(cn.l.scratch[:0], codec.AuthFailed, refusal, cn.l.now))
+	}
+}
+
+// renew lets a checked token take the place of the session's, or says why not. Its shard tells the client.
+func (cn *conn) renew(who Identity, err error) (refusal string) {
 	switch {
 	case err != nil:
-		cn.reply(cn.protocol.AppendError(l.scratch[:0], codec.AuthFailed, err.Error(), l.now))
+		return err.Error()
 	case who.User != cn.user:
-		cn.reply(cn.protocol.AppendError(l.scratch[:0], codec.AuthFailed, "the token is another user's", l.now))
+		return "the token is another user's"
 	case seconds(who.ExpiresAt/1000) <= cn.expires:
-		cn.reply(cn.protocol.AppendError(l.scratch[:0], codec.AuthFailed, "the token does not expire later than the one before", l.now))
-	default:
-		cn.keep(who)
-		l.emit(codec.Event{Kind: codec.EventRefresh, Session: cn.id, Value: who.ExpiresAt})
+		return "the token does not expire later than the one before"
 	}
+	cn.keep(who)
+	cn.l.emit(codec.Event{Kind: codec.EventRefresh, Session: cn.id, Value: who.ExpiresAt})
+	return ""
 }

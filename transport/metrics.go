@@ -12,6 +12,7 @@ import (
 // metrics are shared by the loops; their children are resolved once.
 type metrics struct {
 	sessions      prometheus.Gauge
+	streams       prometheus.Gauge
 	bytesIn       prometheus.Counter
 	bytesOut      prometheus.Counter
 	messagesIn    prometheus.Counter
@@ -46,7 +47,7 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 		return c
 	}
 	m := &metrics{
-		bytesIn:     counter("received_bytes_total", "Bytes received on WebSocket connections."),
+		bytesIn:     counter("received_bytes_total", "Bytes received on WebSocket connections and event streams."),
 		bytesOut:    counter("sent_bytes_total", "Bytes written to clients, HTTP included."),
 		messagesIn:  counter("messages_received_total", "WebSocket messages received."),
 		messagesOut: counter("frames_sent_total", "Frames written for the shards."),
@@ -57,7 +58,10 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 		stalls:      counter("shard_stalls_total", "How often a shard's queue was found full."),
 		refused:     map[codec.Code]prometheus.Counter{},
 		sessions: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "im_gateway_transport_sessions", Help: "WebSocket sessions open on the event loops.",
+			Name: "im_gateway_transport_sessions", Help: "Sessions open on the event loops, WebSockets and event streams.",
+		}),
+		streams: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "im_gateway_transport_event_streams", Help: "Of the sessions those that are event streams (GET /sse).",
 		}),
 		closes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "im_gateway_transport_closes_total", Help: "Sessions ended, by close code.",
@@ -65,6 +69,7 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 	}
 	register(acceptFailures)
 	register(m.sessions)
+	register(m.streams)
 	register(m.closes)
 	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "im_gateway_transport_connections", Help: "Connections open, of every kind.",
@@ -83,7 +88,7 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 		m.refused[code] = refused.WithLabelValues(string(code))
 	}
 	handshakes := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "im_gateway_transport_handshakes_total", Help: "WebSocket handshakes by result.",
+		Name: "im_gateway_transport_handshakes_total", Help: "Handshakes of WebSockets and requests for event streams, by result.",
 	}, []string{"result"})
 	register(handshakes)
 	h := &m.handshake
