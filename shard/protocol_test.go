@@ -2,6 +2,7 @@ package shard
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 	"unsafe"
@@ -19,9 +20,9 @@ func (w *world) openAs(id codec.SessionID, user string, p codec.Protocol, acks b
 	w.until(func() bool { return len(w.sent[id]) > 0 })
 }
 
-// TestFanOutToBothProtocols: each session is sent what its protocol says, and all sessions of one protocol
+// TestFanOutToAllProtocols: each session is sent what its protocol says, and all sessions of one protocol
 // the very same slice.
-func TestFanOutToBothProtocols(t *testing.T) {
+func TestFanOutToAllProtocols(t *testing.T) {
 	w := newWorld(t, func(o *Options) { o.MaxSessions = 4 })
 	payloads := map[codec.SessionID]*byte{} // of records that were not copied
 	record := rec(nil)
@@ -39,15 +40,33 @@ func TestFanOutToBothProtocols(t *testing.T) {
 	w.openAs(protoA, "alice", codec.Proto, false)
 	w.openAs(protoB, "bob", codec.Proto, false)
 	w.openAs(protoAcks, "bob", codec.Proto, true)
+	streamA, streamB, streamAcks := sessionID(4, 1), sessionID(5, 1), sessionID(6, 1)
+	w.openAs(streamA, "alice", codec.SSE, false)
+	w.openAs(streamB, "bob", codec.SSE, false)
+	w.openAs(streamAcks, "bob", codec.SSE, true)
 	w.deliver(record)
 	w.until(func() bool {
-		return len(w.sent[jsonA]) == 2 && len(w.sent[protoA]) == 2 && len(w.sent[protoB]) == 2 && len(w.sent[protoAcks]) == 2
+		for _, id := range []codec.SessionID{jsonA, protoA, protoB, protoAcks, streamA, streamB, streamAcks} {
+			if len(w.sent[id]) != 2 {
+				return false
+			}
+		}
+		return true
 	})
 	w.mu.Lock()
-	if payloads[protoA] == nil || payloads[protoA] != payloads[protoB] || payloads[jsonA] == payloads[protoA] {
+	if payloads[protoA] == nil || payloads[protoA] != payloads[protoB] || payloads[jsonA] == payloads[protoA] ||
+		payloads[streamA] == nil || payloads[streamA] != payloads[streamB] || payloads[jsonA] == payloads[streamA] {
 		t.Error("sessions of one protocol do not share their frame")
 	}
 	w.mu.Unlock()
+	for id, want := range map[codec.SessionID]string{
+		streamA:    "id: m\ndata: " + `{"type":"new-message","message_id":"m","data":"x","timestamp":1}` + "\n\n",
+		streamAcks: "id: m\ndata: " + `{"type":"new-message","message_id":"m","data":"x","timestamp":1,"delivery_id":1}` + "\n\n",
+	} {
+		if got := w.raw(id); !strings.HasPrefix(got[0], `data: {"type":"connected",`) || got[1] != want {
+			t.Errorf("SSE: %q, want %q", got, want)
+		}
+	}
 	if got := w.raw(jsonA)[1]; got != `{"type":"new-message","message_id":"m","data":"x","timestamp":1}` {
 		t.Errorf("JSON: %s", got)
 	}
@@ -81,7 +100,10 @@ func TestFanOutToBothProtocols(t *testing.T) {
 	if err := w.set.Drain(t.Context(), time.Millisecond, "draining"); err != nil {
 		t.Fatal(err)
 	}
-	w.until(func() bool { return len(w.sent[protoA]) == 4 })
+	w.until(func() bool { return len(w.sent[protoA]) == 4 && len(w.sent[streamA]) == 3 })
+	if got := w.raw(streamA)[2]; !strings.HasPrefix(got, `data: {"type":"reconnect",`) || !strings.HasSuffix(got, "}\n\n") {
+		t.Errorf("SSE: %q", got)
+	}
 	for i, want := range map[int]string{2: "message-ack", 3: "reconnect"} {
 		var f clientpb.ServerFrame
 		if err := proto.Unmarshal([]byte(w.raw(protoA)[i]), &f); err != nil || f.Type != want {
