@@ -14,7 +14,7 @@ run: ## the whole system in one process, with a demo page
 	@CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/im-dev
 	@exec bin/im-dev
 
-test: lint test-unit test-schema test-real test-chaos test-abuse ## everything: lint, unit tests with -race, end to end on real servers, the HTTP API by its document, faults, abuse
+test: lint test-unit test-schema test-js test-real test-chaos test-abuse ## everything: lint, unit tests with -race, end to end on real servers, the HTTP API by its document, the JavaScript client, faults, abuse
 
 test-fast: ## unit tests and end to end on embedded servers; needs only Go
 	$(GO) test ./bench/... ./broker/... ./cmd/... ./codec ./engine/... ./registry/... ./shard/... ./transport/...
@@ -35,7 +35,8 @@ test-real:
 test-chaos:
 	$(GO) run ./test/chaos -short
 
-test-js: build ## build the JavaScript client and test it in Node and Chromium; needs npm, node and chromium
+test-js: build ## build the JavaScript client and test it in Node and Chromium; needs node, npm and chromium
+	$(GO) build -trimpath -o bin/ ./test/servers/cmd/backend
 	cd clients/js && npm ci --no-audit --no-fund && npm run build && \
 		NODE_OPTIONS=$$(node -p 'typeof WebSocket === "undefined" ? "--experimental-websocket" : ""') npm test
 

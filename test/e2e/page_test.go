@@ -174,8 +174,8 @@ func (p *tab) say(text string) {
 	p.click("send")
 }
 
-// TestPageInChromium: two people chat in two tabs; one loses its connection, sends meanwhile, and
-// comes back with what it missed.
+// TestPageInChromium: two people chat in two tabs; one loses its connection, sends meanwhile, reloads
+// the page, and comes back with what it missed.
 func TestPageInChromium(t *testing.T) {
 	site := httptest.NewUnstartedServer(nil)
 	origin := "http://" + site.Listener.Addr().String()
@@ -232,6 +232,10 @@ func TestPageInChromium(t *testing.T) {
 	link.set(true) // all tabs are cut off
 	alice.is("alice notices", `document.getElementById("connection").dataset.state !== "online"`)
 	alice.say("sent while cut off")
+	alice.state("sent while cut off", "pending")
+	alice.do(`document.body.id = "old", location.reload()`)
+	alice.is("the page is loaded anew", `document.readyState === "complete" && !document.body.id && document.querySelector('[data-testid=conversation]')`)
+	alice.do(`document.querySelector('[data-testid=conversation]').click()`)
 	alice.state("sent while cut off", "pending")
 	link.set(false)
 	alice.is("alice is back", `document.getElementById("connection").dataset.state === "online"`)

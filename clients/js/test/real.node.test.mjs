@@ -1,39 +1,12 @@
-// The real gateway, with Node's own WebSocket (22 and later, or --experimental-websocket) and that of ws.
-import test, { after, before } from "node:test";
-import { readFileSync } from "node:fs";
+// The real gateway, with Node's own WebSocket: of Node 22 and later, or behind --experimental-websocket.
+import test from "node:test";
 import assert from "node:assert/strict";
-import WebSocket from "ws";
-import { Client } from "../dist/index.js";
-import { newUser, start, token } from "./harness.mjs";
-import { run, scenarios } from "./scenarios.mjs";
+import { here } from "./real.mjs";
 
-let h;
-before(async () => { h = await start(); });
-after(() => h.stop());
-
-const kinds = { ws: { webSocket: (url, protocols, headers) => new WebSocket(url, protocols, { headers }) } };
-if (globalThis.WebSocket) kinds.Node = {};
-
-for (const [kind, options] of Object.entries(kinds)) {
-  for (const name of Object.keys(scenarios)) {
-    // Node 20's own, an experiment, says nothing of a handshake that is cut: the client's 10 s for each.
-    if (kind === "Node" && parseInt(process.versions.node) < 22 && name.startsWith("connections cut")) continue;
-    test(`${kind}: ${name}`, { timeout: 120_000 }, async () => {
-      const call = async (command, args) => JSON.parse(JSON.stringify((await h.commands[command](args ?? {})) ?? null));
-      await run(name, { Client, options, headers: true, call, a: h.a, b: h.b });
-    });
-  }
+const major = parseInt(process.versions.node);
+if (globalThis.WebSocket) {
+  // That of Node 20 says nothing of a handshake that is cut: 10 s each until the client gives up.
+  here("Node", {}, (name) => major >= 22 || !name.startsWith("connections cut"));
+} else {
+  test("Node's own WebSocket", () => assert.fail("run node with --experimental-websocket, as make test-js does"));
 }
-
-test("the README's example", { timeout: 60_000 }, async () => {
-  const user = newUser();
-  const source = readFileSync(new URL("../README.md", import.meta.url), "utf8").match(/```js\n([\s\S]*?)```/)[1]
-    .replace(/^import .*$/m, "").replace(/"wss:[^"]*"/, "url");
-  let made;
-  class Kept extends Client { constructor(o) { super({ ...kinds.ws, ...o }); made = this; } }
-  const lines = [];
-  const run = Object.getPrototypeOf(async () => {}).constructor;
-  await new run("Client", "url", "login", "console", source)(Kept, h.a.url, () => token(user), { log: (...l) => lines.push(l) });
-  assert.ok(lines.some(([what]) => what === "stored at"), JSON.stringify(lines));
-  made.close();
-});

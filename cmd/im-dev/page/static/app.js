@@ -1,5 +1,5 @@
-// The demo page. This module joins the parts and draws; api.js, connection.js, outbox.js and chat.js
-// hold no DOM.
+// The demo page. This module joins the parts and draws; api.js, chat.js and kept.js hold no DOM. client/ is
+// the build of the JavaScript client (clients/js, npm run embed).
 //
 // For tests, every element below has the same id and data-testid, unless noted, and keeps it:
 //
@@ -7,7 +7,7 @@
 //   sign in                   username, password, login, register, guest-name, guest, auth-error
 //   who and how               me (text: user name; data-user: user id), logout,
 //                             connection (data-state: idle, connecting, online, waiting, stopped;
-//                             data-reason; data-gateway: gateway_id)
+//                             data-reason: replaced, kicked or refused; data-gateway: gateway_id)
 //   conversations             new-chat-user, new-chat, conversations; each entry is
 //                             [data-testid=conversation] with data-id, data-unread
 //   groups                    group-open, group-dialog, group-name, group-members, group-create,
@@ -19,23 +19,24 @@
 //                             message-input, send
 //   banner, banner-text, banner-action, notice
 //
-// window.imDemo is {api, connection, outbox, chat}: imDemo.connection.start() cuts the connection and
-// makes a new one.
+// window.imDemo is {api, client, chat}; client and chat are those of who is signed in.
 
 import { Api } from "./api.js";
-import { Chat } from "./chat.js";
-import { Connection } from "./connection.js";
-import { Outbox } from "./outbox.js";
+import { Chat, OUTBOX } from "./chat.js";
+import { Client } from "./client/index.js";
+
+const RENEW_EARLY_MS = 30_000; // a token that is worth less is not begun with
 
 const $ = (id) => document.getElementById(id);
 const gateways = document.querySelector("meta[name=im-gateways]").content.split(" ").filter(Boolean);
+// Each tab is a device of its own, as long as it is not loaded anew.
+const deviceId = Array.from(crypto.getRandomValues(new Uint8Array(8)), (b) => b.toString(16).padStart(2, "0")).join("");
 
 const api = new Api(gateways);
-const connection = new Connection(gateways, api);
-const outbox = new Outbox(connection);
+let client = null;
 let chat = null;
 let open = ""; // id of the open conversation
-window.imDemo = { api, connection, outbox, get chat() { return chat; } };
+window.imDemo = { api, get client() { return client; }, get chat() { return chat; } };
 
 // --- signing in and out ---
 
@@ -71,11 +72,17 @@ $("guest-form").addEventListener("submit", (e) => {
   e.preventDefault();
   signIn(() => api.guest($("guest-name").value.trim()));
 });
-$("logout").addEventListener("click", () => { api.logout(); leave(); outbox.close(true); });
+$("logout").addEventListener("click", () => leave("", true));
 
 function enter() {
   const { user } = api.session;
-  chat = new Chat(connection, outbox, user.userId);
+  client = new Client({
+    urls: gateways.map((g) => g.replace("http", "ws") + "/ws"),
+    token, deviceId, device: "web", ackDeliveries: true, outbox: OUTBOX,
+  });
+  client.on("state", drawConnection);
+  client.on("error", (e) => console.warn(e));
+  chat = new Chat(client, user.userId);
   chat.addEventListener("change", (e) => schedule(e.detail));
   chat.addEventListener("joined", (e) => show(e.detail));
   chat.addEventListener("refused", (e) => notice(e.detail));
@@ -86,14 +93,26 @@ function enter() {
   document.body.dataset.pane = "list";
   document.title = `${user.username} · im-gateway chat`;
   show("");
-  connection.start();
+  client.connect();
 }
 
-function leave(message = "") {
-  connection.stop();
-  outbox.close(false);
-  chat?.close();
-  chat = null;
+// token is asked for by the client.
+async function token(reason) {
+  try {
+    if (reason !== "connect" || api.session.expiresAt - Date.now() < RENEW_EARLY_MS) await api.refresh();
+  } catch (e) {
+    if (e.status === 401) leave("Please log in again.");
+    throw e;
+  }
+  return api.session.token;
+}
+
+// leave signs out. forget: what was not sent is not sent at the next login either.
+function leave(message = "", forget = false) {
+  api.logout();
+  chat?.close(forget);
+  client?.close();
+  chat = client = null;
   document.body.dataset.view = "auth";
   document.title = "im-gateway chat";
   $("auth-error").textContent = message;
@@ -104,33 +123,34 @@ function leave(message = "") {
 
 const texts = { idle: "Not connected", connecting: "Connecting…", online: "Online", waiting: "Reconnecting…", stopped: "Disconnected" };
 
-connection.addEventListener("state", () => {
-  const { state, reason } = connection;
-  if (state === "stopped" && reason === "auth") {
-    api.logout();
-    leave("Please log in again.");
-    return;
-  }
+const reasons = { 4500: "replaced", 4501: "kicked" }; // of stopped, by the close code
+
+let connection = { state: "idle" };
+
+function drawConnection(e) {
+  connection = e;
+  const { state, error } = e;
+  if (state === "stopped" && (error?.closeCode === 4502 || error?.closeCode === 4503)) return leave("Please log in again.");
   const el = $("connection");
   el.dataset.state = state;
-  el.dataset.reason = reason;
-  el.dataset.gateway = state === "online" ? connection.gatewayId : "";
+  el.dataset.reason = state === "stopped" && error ? reasons[error.closeCode] ?? "refused" : "";
+  el.dataset.gateway = client?.session?.gateway_id ?? "";
   $("connection-text").textContent = texts[state];
   drawBanner();
-});
+}
 
 let bannerTimer = 0;
 function drawBanner() {
   clearTimeout(bannerTimer);
-  const { state, reason } = connection;
+  const { state, error, retryAt } = connection;
   let text = "", action = "";
   if (state === "waiting") {
-    const seconds = Math.ceil((connection.retryAt - Date.now()) / 1000);
+    const seconds = Math.ceil((retryAt - Date.now()) / 1000);
     text = seconds > 1 ? `Connection lost. Trying again in ${seconds} s.` : "Connection lost. Trying again.";
     action = "Try now";
     bannerTimer = setTimeout(drawBanner, 500);
-  } else if (state === "stopped") {
-    text = { replaced: "You are connected somewhere else.", kicked: "You were disconnected by the operator." }[reason] ?? "The gateway refused the connection.";
+  } else if (state === "stopped" && error) {
+    text = { 4500: "You are connected somewhere else.", 4501: "You were disconnected by the operator." }[error.closeCode] ?? "The gateway refused the connection.";
     action = "Connect here";
   }
   $("banner").hidden = text === "";
@@ -138,7 +158,7 @@ function drawBanner() {
   $("banner-action").textContent = action;
   $("banner-action").hidden = action === "";
 }
-$("banner-action").addEventListener("click", () => connection.start());
+$("banner-action").addEventListener("click", () => client.connect());
 
 let noticeTimer = 0;
 function notice(text) {

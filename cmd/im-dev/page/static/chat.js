@@ -1,58 +1,55 @@
 // The conversations of one user, as im-logic tells of them. It asks for what was missed after each
-// `connected` and now and then, confirms what arrives, and drops what it has seen.
+// `connected` and now and then, and confirms what arrives.
 //
 // Events: "change" with detail = the id of the conversation that changed, or undefined for all;
 // "refused" with detail = a text to show.
+
+import { Kept } from "./kept.js";
 
 const SYNC_MS = 10_000; // no answer for so long: ask again
 // While connected it asks now and then, too: a live record goes astray when presence is wrong for a
 // moment, as after Redis lost its data.
 const SYNC_EVERY_MS = 30_000;
-const SEEN = 2_000; // message_ids of records remembered
 const KEPT = 1_000; // messages of a conversation
+export const OUTBOX = 200; // messages that wait for the gateway's answer
 
 // States of own messages: pending (in the outbox), acked (Kafka has it), delivered (to all others),
 // failed; of other people's: received.
 export class Chat extends EventTarget {
   conversations = new Map(); // id -> {id, kind, name, members, messages, unread, touched}
 
-  #connection;
-  #outbox;
+  #client;
+  #kept;
   #me;
   #after = 0; // sync cursor; only sync answers move it, as live records may overtake each other
-  #syncId = "";
+  #syncing = false; // the question is in the outbox
   #syncTimer = 0;
-  #seen = new Set();
   #receipts = new Map(); // conversation id -> Set of message ids, not yet in the outbox
   #receiptTimer = 0;
   #order = 0;
-  #closed = new AbortController();
+  #closed = false;
 
-  constructor(connection, outbox, me) {
+  constructor(client, me) {
     super();
-    this.#connection = connection;
-    this.#outbox = outbox;
+    this.#client = client;
     this.#me = me;
-    const { signal } = this.#closed;
-    const on = (target, event, f) => target.addEventListener(event, (e) => f(e.detail), { signal });
-    on(connection, "state", () => this.#connected());
-    on(connection, "frame", (frame) => this.#frame(frame));
-    on(outbox, "acked", ({ frame, ack }) => this.#settled(frame, ack, "acked"));
-    on(outbox, "failed", ({ frame, ack }) => this.#settled(frame, ack, "failed"));
-    for (const frame of outbox.open(me)) if (frame.type === "send-message") this.#mine(frame);
+    this.#kept = new Kept(me);
+    client.on("connected", () => this.#sync());
+    client.on("message", (m) => this.#record(m));
+    for (const m of this.#kept.all) this.#queue(m);
   }
 
-  close() {
-    this.#closed.abort();
+  // close ends it. forget: what is not settled is not to be taken up by the next one.
+  close(forget) {
+    this.#closed = true;
     clearTimeout(this.#syncTimer);
     clearTimeout(this.#receiptTimer);
+    if (forget) this.#kept.forget();
   }
 
-  // send shows and queues a message; false: the outbox is full.
+  // send shows and queues a message; false: too much is waiting.
   send(conversationId, content) {
-    const frame = this.#outbox.add("send-message", { conversation_id: conversationId, content, echo: true });
-    if (frame) this.#mine(frame);
-    return frame !== null;
+    return this.#add("send-message", { conversation_id: conversationId, content, echo: true });
   }
 
   // retry queues a failed message anew.
@@ -69,8 +66,8 @@ export class Chat extends EventTarget {
     return id;
   }
 
-  createGroup(name, members) { return this.#outbox.add("create-group", { name, members }) !== null; }
-  joinGroup(id) { return this.#outbox.add("join-group", { conversation_id: id }) !== null; }
+  createGroup(name, members) { return this.#add("create-group", { name, members }); }
+  joinGroup(id) { return this.#add("join-group", { conversation_id: id }); }
 
   read(id) {
     const c = this.conversations.get(id);
@@ -92,30 +89,41 @@ export class Chat extends EventTarget {
     return pair.slice(0, pair.length - this.#me.length - 1);
   }
 
-  #connected() {
-    clearTimeout(this.#syncTimer);
-    if (this.#connection.state === "online") this.#sync();
+  // #add queues what is not to be lost by a reload.
+  #add(type, data) {
+    if (this.#client.pending >= OUTBOX) return false;
+    const m = { type, data, id: newId(), at: Date.now() };
+    this.#kept.add(m);
+    this.#queue(m);
+    return true;
+  }
+
+  #queue(m) {
+    if (m.type === "send-message") this.#mine(m);
+    const settled = (state, answer) => {
+      if (this.#closed) return; // the next one sends it again
+      this.#kept.settle(m.id);
+      this.#settled(m, state, answer);
+    };
+    this.#client.send(m.type, m.data, m.id).then((receipt) => settled("acked", receipt), (e) => settled("failed", e));
   }
 
   #sync() {
-    this.#syncId = this.#outbox.newId();
-    this.#connection.send({ type: "sync", message_id: this.#syncId, data: { after: this.#after } });
     this.#syncAgain(SYNC_MS);
+    if (this.#syncing) return;
+    this.#syncing = true;
+    this.#client.send("sync", { after: this.#after })
+      .catch(() => {}) // asked again by the timer
+      .finally(() => { this.#syncing = false; });
   }
 
   #syncAgain(ms) {
     clearTimeout(this.#syncTimer);
-    this.#syncTimer = setTimeout(() => this.#connection.state === "online" && this.#sync(), ms);
+    this.#syncTimer = setTimeout(() => this.#client.state === "online" && this.#sync(), ms);
   }
 
-  #frame({ type, message_id, data }) {
-    if (type === "message-ack") {
-      if (data.client_msg_id === this.#syncId && data.status === "error") {
-        this.#syncAgain((data.retry_after_ms ?? 0) + 500 + Math.random() * 500);
-      }
-      return;
-    }
-    if (!data || !this.#first(message_id)) return;
+  #record({ type, message_id, data }) {
+    if (!data) return;
     switch (type) {
       case "new-message":
         // A person at a console producer may send {"content": ...} alone.
@@ -129,6 +137,7 @@ export class Chat extends EventTarget {
         this.#described(data);
         break;
       case "sync":
+        this.#syncing = false; // its ack may come later
         for (const c of data.conversations) this.#described(c);
         for (const m of data.messages) this.#message(m, false);
         this.#after = data.after;
@@ -140,15 +149,6 @@ export class Chat extends EventTarget {
         this.#refused(data);
         break;
     }
-  }
-
-  // #first reports whether a record is seen for the first time.
-  #first(id) {
-    if (!id) return true;
-    if (this.#seen.has(id)) return false;
-    this.#seen.add(id);
-    if (this.#seen.size > SEEN) this.#seen.delete(this.#seen.values().next().value);
-    return true;
   }
 
   #conversation(id) {
@@ -173,12 +173,12 @@ export class Chat extends EventTarget {
     }
   }
 
-  // #mine shows a frame of the outbox.
-  #mine(frame) {
-    const c = this.#conversation(frame.data.conversation_id);
+  // #mine shows a message of the outbox.
+  #mine({ id, data, at }) {
+    const c = this.#conversation(data.conversation_id);
     c.messages.push({
-      id: "", clientId: frame.message_id, from: this.#me, fromName: "", content: frame.data.content,
-      seq: 0, sentAt: frame.timestamp, state: "pending", deliveredTo: [], order: ++this.#order,
+      id: "", clientId: id, from: this.#me, fromName: "", content: data.content,
+      seq: 0, sentAt: at, state: "pending", deliveredTo: [], order: ++this.#order,
     });
     c.touched = Date.now();
     this.#changed(c.id);
@@ -236,16 +236,17 @@ export class Chat extends EventTarget {
     m.state = m.deliveredTo.length >= Math.max(others, 1) ? "delivered" : "acked";
   }
 
-  #settled(frame, ack, state) {
-    if (frame.type !== "send-message") {
-      if (state === "failed") this.#refuse(ack.code);
+  // #settled takes the gateway's answer: a receipt, or an error.
+  #settled({ type, data, id }, state, answer) {
+    if (type !== "send-message") {
+      if (state === "failed") this.#refuse(answer.code);
       return;
     }
-    const c = this.conversations.get(frame.data.conversation_id);
-    const m = c?.messages.find((m) => m.clientId === frame.message_id);
+    const c = this.conversations.get(data.conversation_id);
+    const m = c?.messages.find((m) => m.clientId === id);
     if (!m || m.state === "delivered" || m.state === "failed") return;
     m.state = state;
-    if (ack.messageId) m.id ||= ack.messageId;
+    if (answer.messageId) m.id ||= answer.messageId;
     this.#changed(c.id);
   }
 
@@ -274,18 +275,27 @@ export class Chat extends EventTarget {
   #sendReceipts() {
     this.#receiptTimer = 0;
     for (const [conversation_id, ids] of this.#receipts) {
+      if (this.#client.pending >= OUTBOX) {
+        this.#receiptTimer = setTimeout(() => this.#sendReceipts(), 1_000);
+        return;
+      }
       const message_ids = [...ids].slice(0, 200);
       // Not kept over a reload: the sync after it brings the messages again.
-      if (!this.#outbox.add("delivered", { conversation_id, message_ids }, false)) break;
+      this.#client.send("delivered", { conversation_id, message_ids }).catch(() => {});
       for (const id of message_ids) ids.delete(id);
       if (ids.size === 0) this.#receipts.delete(conversation_id);
     }
-    if (this.#receipts.size > 0) this.#receiptTimer = setTimeout(() => this.#sendReceipts(), 1_000);
+    if (this.#receipts.size > 0) this.#sendReceipts();
   }
 
   #changed(id) {
     this.dispatchEvent(new CustomEvent("change", { detail: id }));
   }
+}
+
+// newId names a message over reloads too; randomUUID needs https.
+function newId() {
+  return Array.from(crypto.getRandomValues(new Uint8Array(12)), (b) => b.toString(16).padStart(2, "0")).join("");
 }
 
 // byCodePoint orders as im-logic does: by the bytes of UTF-8.
