@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -243,18 +244,66 @@ func TestCentrifuge(t *testing.T) {
 }
 
 func TestRawWrite(t *testing.T) {
-	out, err := exec.Command(filepath.Join(binaries, "rawwrite"), "-conns", "20", "-rounds", "5", "-pause", "1ms").Output()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, filepath.Join(binaries, "rawwrite"), "-conns", "20", "-targets", "5", "-rounds", "4", "-rate", "1000", "-size", "100")
+	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(out)
+	lines.Scan()
+	addr, found := strings.CutPrefix(lines.Text(), "listening on ")
+	if !found {
+		t.Fatalf("%q", lines.Text())
+	}
+	stranger, err := net.Dial("tcp", addr) // is no client
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = stranger.Close()
+	var conns []*websocket.Conn
+	for range 20 {
+		c, _, err := websocket.DefaultDialer.DialContext(ctx, "ws://"+addr+"/", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = c.Close() }()
+		conns = append(conns, c)
+	}
+	lines.Scan()
 	var res struct {
 		Conns  int     `json:"conns"`
 		Writes int     `json:"writes"`
 		CPU    float64 `json:"cpu_us_per_write"`
 	}
-	lastLine(t, out, &res)
-	if res.Conns != 20 || res.Writes != 100 || res.CPU <= 0 {
-		t.Fatalf("%s", out)
+	lastLine(t, lines.Bytes(), &res)
+	if res.Conns != 20 || res.Writes != 20 || res.CPU <= 0 {
+		t.Fatalf("%s", lines.Text())
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	frames := 0
+	for _, c := range conns {
+		for {
+			_, p, err := c.ReadMessage()
+			if err != nil {
+				break
+			}
+			if frames++; len(p) != 100 {
+				t.Fatalf("a frame of %d bytes", len(p))
+			}
+		}
+	}
+	if frames != (10+4)*5 {
+		t.Errorf("%d frames arrived, want %d", frames, (10+4)*5)
 	}
 }
 

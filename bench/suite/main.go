@@ -73,6 +73,13 @@ func run(ctx context.Context) error {
 			if len(*only) > 0 && !slices.Contains(*only, m.id) {
 				continue
 			}
+			if m.halfOf != "" {
+				most := res[m.halfOf][seed.name]["acked"]
+				if len(most) == 0 {
+					return fmt.Errorf("%s needs the results of %s: name it in --only too", m.id, m.halfOf)
+				}
+				m.args += fmt.Sprintf(" -rate %.0f", median(most)/2)
+			}
 			for i := range m.subjects {
 				if round%2 == 1 { // nobody always goes first
 					i = len(m.subjects) - 1 - i

@@ -1,22 +1,22 @@
-// Command rawwrite measures the floor of a fan-out: plain write(2) of one frame to N connections in
-// a loop on one thread. It accepts the connections of a reader, a second process that it starts
-// from its own binary, writes -rounds times one frame to each, pausing between, and prints one JSON
-// object with the CPU (user and system, getrusage) per write.
+// Command rawwrite measures the floor of a fan-out: plain write(2) of one frame to some of N WebSocket
+// connections in a loop on one thread. It waits for N clients, which need only read, then writes -rounds
+// times one frame to -targets of them, -rate times a second, and prints one JSON object with the CPU (user
+// and system) per write. It keeps the connections until it is told to end.
 package main
 
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
-	"io"
+	"math/rand/v2"
 	"net"
 	"os"
-	"os/exec"
 	"runtime"
-	"syscall"
 	"time"
 
+	"github.com/gobwas/ws"
 	"golang.org/x/sys/unix"
 
 	"im-gateway/bench/peers/internal/peer"
@@ -34,89 +34,71 @@ type result struct {
 
 func run(ctx context.Context) error {
 	addr := flag.String("addr", "127.0.0.1:0", "address to listen on")
-	conns := flag.Int("conns", 500, "connections")
-	rounds := flag.Int("rounds", 200, "frames to each connection")
-	size := flag.Int("size", 200, "bytes of a frame")
-	pause := flag.Duration("pause", 20*time.Millisecond, "pause between rounds, in which the reader catches up")
-	read := flag.String("read", "", "be the reader: connect -conns times to this address and read")
+	conns := flag.Int("conns", 10000, "clients to wait for")
+	targets := flag.Int("targets", 500, "connections written to in a round")
+	rounds := flag.Int("rounds", 120, "rounds that are measured, after ten that are not")
+	rate := flag.Float64("rate", 20, "rounds per second")
+	size := flag.Int("size", 256, "bytes of a frame's payload")
 	flag.Parse()
-	var err error
-	if *read != "" {
-		err = reader(ctx, *read, *conns)
-	} else {
-		err = write(ctx, *addr, *conns, *rounds, *size, *pause)
+	if *targets < 1 || *targets > *conns || *rate <= 0 {
+		return errors.New("rawwrite: -targets must be 1 to -conns, and -rate more than 0")
 	}
-	if err != nil {
+	if err := serve(ctx, *addr, *conns, *targets, *rounds, *rate, *size); err != nil {
 		return fmt.Errorf("rawwrite: %w", err)
 	}
 	return nil
 }
 
-func reader(ctx context.Context, addr string, n int) error {
-	ended := make(chan struct{}, n)
-	for range n {
-		c, err := net.Dial("tcp", addr)
-		if err != nil {
-			return err
-		}
-		context.AfterFunc(ctx, func() { _ = c.Close() })
-		go func() {
-			_, _ = io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c}, make([]byte, 4096))
-			ended <- struct{}{}
-		}()
-	}
-	for range n {
-		<-ended
-	}
-	return nil
-}
-
-func write(ctx context.Context, addr string, n, rounds, size int, pause time.Duration) (err error) {
+func serve(ctx context.Context, addr string, n, targets, rounds int, rate float64, size int) error {
 	ln, err := net.Listen("tcp", addr)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = ln.Close() }()
+	defer context.AfterFunc(ctx, func() { _ = ln.Close() })()
 	peer.Ready(ln.Addr().String())
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
-	child := exec.CommandContext(ctx, self, "-read", ln.Addr().String(), "-conns", fmt.Sprint(n))
-	child.Stderr = os.Stderr
-	if err := child.Start(); err != nil {
-		return err
-	}
 	fds := make([]int, 0, n)
 	defer func() {
 		for _, fd := range fds {
 			_ = unix.Close(fd)
 		}
-		if werr := child.Wait(); err == nil {
-			err = werr
-		}
 	}()
-	for range n {
-		fd, err := accept(ln)
+	for len(fds) < n {
+		c, err := ln.Accept()
 		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
 			return err
 		}
-		fds = append(fds, fd)
+		if fd, err := upgrade(c); err == nil { // else it was no client
+			fds = append(fds, fd)
+		}
 	}
-	res, err := measure(ctx, fds, rounds, size, pause)
+	frame, err := ws.CompileFrame(ws.NewTextFrame(make([]byte, size)))
 	if err != nil {
 		return err
 	}
-	return json.NewEncoder(os.Stdout).Encode(res)
+	res, err := measure(ctx, fds, targets, rounds, rate, frame)
+	if err != nil {
+		return err
+	}
+	if err := json.NewEncoder(os.Stdout).Encode(res); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return nil
 }
 
-// accept returns a blocking descriptor that Go's poller knows nothing of.
-func accept(ln net.Listener) (int, error) {
-	c, err := ln.Accept()
-	if err != nil {
+// upgrade returns a blocking descriptor that Go's poller knows nothing of.
+func upgrade(c net.Conn) (int, error) {
+	defer func() { _ = c.Close() }()
+	if err := c.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
 		return -1, err
 	}
-	defer func() { _ = c.Close() }()
+	if _, err := ws.Upgrade(c); err != nil {
+		return -1, err
+	}
 	f, err := c.(*net.TCPConn).File()
 	if err != nil {
 		return -1, err
@@ -129,32 +111,34 @@ func accept(ln net.Listener) (int, error) {
 	return fd, unix.SetNonblock(fd, false)
 }
 
-func measure(ctx context.Context, fds []int, rounds, size int, pause time.Duration) (result, error) {
+func measure(ctx context.Context, fds []int, targets, rounds int, rate float64, frame []byte) (result, error) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	frame := make([]byte, size)
-	var busy time.Duration
-	var cpu time.Duration
 	const warmup = 10
+	var busy, cpu time.Duration
+	pace := time.NewTicker(time.Duration(float64(time.Second) / rate))
+	defer pace.Stop()
 	for i := range rounds + warmup {
 		if i == warmup {
 			busy, cpu = 0, 0
 		}
-		if err := ctx.Err(); err != nil {
-			return result{}, err
+		rand.Shuffle(len(fds), func(a, b int) { fds[a], fds[b] = fds[b], fds[a] })
+		select {
+		case <-pace.C:
+		case <-ctx.Done():
+			return result{}, ctx.Err()
 		}
 		c, t := threadCPU(), time.Now()
-		for _, fd := range fds {
-			if n, err := syscall.Write(fd, frame); err != nil || n != size {
-				return result{}, fmt.Errorf("wrote %d of %d bytes: %w", n, size, err)
+		for _, fd := range fds[:targets] {
+			if n, err := unix.Write(fd, frame); err != nil || n != len(frame) {
+				return result{}, fmt.Errorf("wrote %d of %d bytes: %w", n, len(frame), err)
 			}
 		}
 		busy, cpu = busy+time.Since(t), cpu+threadCPU()-c
-		time.Sleep(pause)
 	}
-	writes := rounds * len(fds)
+	writes := rounds * targets
 	per := func(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1000 / float64(writes) }
-	return result{Conns: len(fds), FrameBytes: size, Writes: writes, CPU: per(cpu), Wall: per(busy)}, nil
+	return result{Conns: len(fds), FrameBytes: len(frame), Writes: writes, CPU: per(cpu), Wall: per(busy)}, nil
 }
 
 // threadCPU is the user and system time of this thread.
