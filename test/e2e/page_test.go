@@ -93,6 +93,25 @@ type tab struct {
 	ctx context.Context
 }
 
+// chromium starts a browser.
+func chromium(t *testing.T) context.Context {
+	t.Helper()
+	opts := append([]chromedp.ExecAllocatorOption{}, chromedp.DefaultExecAllocatorOptions[:]...)
+	opts = append(opts, chromedp.NoSandbox, chromedp.Flag("disable-quic", true),
+		chromedp.Flag("disable-background-networking", true), chromedp.Flag("disable-component-update", true),
+		chromedp.Flag("disable-sync", true), chromedp.UserDataDir(t.TempDir()))
+	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
+	t.Cleanup(cancel)
+	browser, stop := chromedp.NewExecAllocator(ctx, opts...)
+	t.Cleanup(stop)
+	browser, stop = chromedp.NewContext(browser)
+	t.Cleanup(stop)
+	if err := chromedp.Do(browser, chromedp.Navigate("about:blank")); err != nil {
+		t.Fatalf("start Chromium (apt-get install chromium): %v", err)
+	}
+	return browser
+}
+
 func newTab(t *testing.T, browser context.Context, url string) *tab {
 	t.Helper()
 	ctx, cancel := chromedp.NewContext(browser)
@@ -188,19 +207,7 @@ func TestPageInChromium(t *testing.T) {
 	site.Config.Handler = handler
 	site.Start()
 	t.Cleanup(site.Close)
-	opts := append([]chromedp.ExecAllocatorOption{}, chromedp.DefaultExecAllocatorOptions[:]...)
-	opts = append(opts, chromedp.NoSandbox, chromedp.Flag("disable-quic", true),
-		chromedp.Flag("disable-background-networking", true), chromedp.Flag("disable-component-update", true),
-		chromedp.Flag("disable-sync", true), chromedp.UserDataDir(t.TempDir()))
-	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
-	t.Cleanup(cancel)
-	browser, stop := chromedp.NewExecAllocator(ctx, opts...)
-	t.Cleanup(stop)
-	browser, stop = chromedp.NewContext(browser)
-	t.Cleanup(stop)
-	if err := chromedp.Do(browser, chromedp.Navigate("about:blank")); err != nil {
-		t.Fatalf("start Chromium (apt-get install chromium): %v", err)
-	}
+	browser := chromium(t)
 	alice, bob := newTab(t, browser, origin+"/"), newTab(t, browser, origin+"/")
 	a, b := user("anna"), user("bert")
 	alice.register(a)

@@ -40,9 +40,20 @@ func said(f frame) string {
 	return changing.ReplaceAllString(text, "$1*")
 }
 
-var changing = regexp.MustCompile(`("(?:messageId|partition|offset|expires_at)":)("[^"]*"|\d+)`)
+var changing = regexp.MustCompile(`("(?:messageId|message_id|partition|offset|expires_at)":)("[^"]*"|\d+)`)
 
-// TestProtocolsAreEquivalent: one table for both protocols, through a real socket and the whole gateway.
+// talker is a session in any protocol.
+type talker interface {
+	next() (frame, error)
+	sendRaw(kind, id, data string)
+}
+
+// sendRaw sends a message; the answer is kept.
+func (s *streamed) sendRaw(kind, id, data string) { s.answer = s.post(kind, id, data) }
+
+const sseProtocol = "sse" // no WebSocket
+
+// TestProtocolsAreEquivalent: one table for all protocols, through a real socket and the whole gateway.
 func TestProtocolsAreEquivalent(t *testing.T) {
 	for _, compressed := range []string{"false", "true"} {
 		t.Run("compressed="+compressed, func(t *testing.T) {
@@ -57,10 +68,17 @@ func TestProtocolsAreEquivalent(t *testing.T) {
 }
 
 func protocolsAreEquivalent(t *testing.T, g *gateway) {
-	for _, protocol := range []string{jsonProtocol, protoProtocol} {
+	for _, protocol := range []string{jsonProtocol, protoProtocol, sseProtocol} {
 		t.Run(protocol, func(t *testing.T) {
 			name := user("alice")
-			c := speaking(t, g, name, protocol, "?ack=1")
+			var c talker
+			var s *streamed
+			if protocol == sseProtocol {
+				s = openStream(t, g, name, "?ack=1", time.Hour)
+				c = s
+			} else {
+				c = speaking(t, g, name, protocol, "?ack=1")
+			}
 			push := func(kind, data string) func() {
 				return func() {
 					produce(t, g, name, fmt.Sprintf(`{"target_user_id":%q,"type":%q,"message_id":"m-%s","data":%s}`, name, kind, kind, data))
@@ -68,39 +86,50 @@ func protocolsAreEquivalent(t *testing.T, g *gateway) {
 			}
 			send := func(kind, id, data string) func() { return func() { c.sendRaw(kind, id, data) } }
 			const invalid = `"status":"error","code":"INVALID_MESSAGE"}`
+			const stored = `200 {"client_msg_id":"c-1","message_id":*,"topic":"im-upstream-topic","partition":*,"offset":*}`
 			for _, tc := range []struct {
 				name string
 				do   func()
 				want string // of the frame that answers; a trailing ... stands for the rest
+				http string // what POST answers; but for records, pong and token-refreshed it is the only answer
 			}{
-				{"ping", send("ping", "", ""), `pong  {}`},
+				{"ping", send("ping", "", ""), `pong  {}`, `200 {}`},
 				{"message", send("post", "c-1", `{"content": "héllo"}`),
-					`message-ack  {"client_msg_id":"c-1","status":"success","messageId":*,"topic":"im-upstream-topic","partition":*,"offset":*}`},
+					`message-ack  {"client_msg_id":"c-1","status":"success","messageId":*,"topic":"im-upstream-topic","partition":*,"offset":*}`, stored},
 				{"the same again", send("post", "c-1", `{"content": "héllo"}`),
-					`message-ack  {"client_msg_id":"c-1","status":"success","messageId":*,"topic":"im-upstream-topic","partition":*,"offset":*}`},
+					`message-ack  {"client_msg_id":"c-1","status":"success","messageId":*,"topic":"im-upstream-topic","partition":*,"offset":*}`, stored},
 				{"name of the page's own", send("m", "", `{"tempMessageId":"t-1"}`),
-					`message-ack  {"client_msg_id":"t-1","tempMessageId":"t-1","status":"success","messageId":*,...`},
-				{"no data", send("m", "c-2", ""), `message-ack  {"client_msg_id":"c-2",` + invalid},
-				{"no data, no name", send("m", "", ""), `error  {"code":"INVALID_MESSAGE","message":"data is missing"}`},
-				{"no type", send("", "c-3", "1"), `message-ack  {"client_msg_id":"c-3",` + invalid},
-				{"a name too long", send("m", strings.Repeat("n", 129), "1"), `error  {"code":"INVALID_MESSAGE","message":"message_id must be...`},
-				{"data that is no JSON", send("m", "", `{]}`), `error  {"code":"INVALID_MESSAGE",...`},
-				{"data too deep", send("m", "", strings.Repeat("[", 64)+strings.Repeat("]", 64)), `error  {"code":"INVALID_MESSAGE",...`},
-				{"a forged token", send("refresh-token", "", `{"token":"a.b.c"}`), `error  {"code":"AUTH_FAILED",...`},
-				{"a new token", send("refresh-token", "", `{"token":"`+token(t, name, 2*time.Hour)+`"}`), `token-refreshed  {"expires_at":*}`},
-				{"a record", push("news", `[1, 2]`), `news m-news [1, 2] #1`},
-				{"a large record", push("large", `"`+strings.Repeat("x", 100_000)+`"`), `large m-large "` + strings.Repeat("x", 100_000) + `" #2`},
-				{"a delivery-ack without a number", send("delivery-ack", "", `{}`), `error  {"code":"INVALID_MESSAGE",...`},
+					`message-ack  {"client_msg_id":"t-1","tempMessageId":"t-1","status":"success","messageId":*,...`, `200 {"client_msg_id":"t-1",...`},
+				{"no data", send("m", "c-2", ""), `message-ack  {"client_msg_id":"c-2",` + invalid, `400 INVALID_MESSAGE`},
+				{"no data, no name", send("m", "", ""), `error  {"code":"INVALID_MESSAGE","message":"data is missing"}`, `400 INVALID_MESSAGE`},
+				{"no type", send("", "c-3", "1"), `message-ack  {"client_msg_id":"c-3",` + invalid, `400 INVALID_MESSAGE`},
+				{"a name too long", send("m", strings.Repeat("n", 129), "1"), `error  {"code":"INVALID_MESSAGE","message":"message_id must be...`, `400 INVALID_MESSAGE`},
+				{"data that is no JSON", send("m", "", `{]}`), `error  {"code":"INVALID_MESSAGE",...`, `400 INVALID_MESSAGE`},
+				{"data too deep", send("m", "", strings.Repeat("[", 64)+strings.Repeat("]", 64)), `error  {"code":"INVALID_MESSAGE",...`, `400 INVALID_MESSAGE`},
+				{"a forged token", send("refresh-token", "", `{"token":"a.b.c"}`), `error  {"code":"AUTH_FAILED",...`, `401 AUTH_FAILED`},
+				{"a new token", send("refresh-token", "", `{"token":"`+token(t, name, 2*time.Hour)+`"}`), `token-refreshed  {"expires_at":*}`, `200 {"expires_at":*}`},
+				{"a record", push("news", `[1, 2]`), `news m-news [1, 2] #1`, ""},
+				{"a large record", push("large", `"`+strings.Repeat("x", 100_000)+`"`), `large m-large "` + strings.Repeat("x", 100_000) + `" #2`, ""},
+				{"a delivery-ack without a number", send("delivery-ack", "", `{}`), `error  {"code":"INVALID_MESSAGE",...`, `400 INVALID_MESSAGE`},
 			} {
+				is := func(got, want string) {
+					t.Helper()
+					if want, open := strings.CutSuffix(want, "..."); got != want && !(open && strings.HasPrefix(got, want)) {
+						t.Errorf("%s:\ngot  %.300s\nwant %.300s", tc.name, got, want)
+					}
+				}
 				tc.do()
+				if s != nil && tc.http != "" {
+					is(changing.ReplaceAllString(fmt.Sprintf("%d %s%s", s.answer.Status, s.answer.Code, s.answer.Data), "$1*"), tc.http)
+					if strings.HasPrefix(tc.want, "message-ack ") || strings.HasPrefix(tc.want, "error ") {
+						continue
+					}
+				}
 				f, err := c.next()
 				if err != nil {
 					t.Fatalf("%s: %v", tc.name, err)
 				}
-				got := said(f)
-				if want, open := strings.CutSuffix(tc.want, "..."); got != want && !(open && strings.HasPrefix(got, want)) {
-					t.Errorf("%s:\ngot  %.300s\nwant %.300s", tc.name, got, tc.want)
-				}
+				is(said(f), tc.want)
 			}
 			before := g.metric(`im_gateway_shard_ends_total{end="delivered"}`)
 			c.sendRaw("delivery-ack", "", `{"delivery_id":2}`)
@@ -117,22 +146,29 @@ func protocolsAreEquivalent(t *testing.T, g *gateway) {
 			if err != nil || kick.Closed != 1 {
 				t.Fatalf("kicked %v: %v", kick, err)
 			}
-			if code := c.closed(); code != 4501 {
+			if s != nil {
+				if c := s.closed(); c.Code != 4501 {
+					t.Errorf("kicked: closed with %+v", c)
+				}
+				return
+			}
+			w := c.(*client)
+			if code := w.closed(); code != 4501 {
 				t.Errorf("kicked: closed with %d", code)
 			}
 
 			// The other kind of message ends the connection; one that is no frame at all does not.
-			c = speaking(t, g, name, protocol, "")
-			c.write(c.kind(), []byte{0xff})
+			w = speaking(t, g, name, protocol, "")
+			w.write(w.kind(), []byte{0xff})
 			code := websocket.StatusCode(1007) // text must be UTF-8
 			if protocol == protoProtocol {
-				if f, err := c.next(); err != nil || f.Type != "error" {
+				if f, err := w.next(); err != nil || f.Type != "error" {
 					t.Errorf("%+v, %v", f, err)
 				}
-				c.write(websocket.MessageText, []byte(`{"type":"ping"}`))
+				w.write(websocket.MessageText, []byte(`{"type":"ping"}`))
 				code = websocket.StatusUnsupportedData
 			}
-			if got := c.closed(); got != code {
+			if got := w.closed(); got != code {
 				t.Errorf("closed with %d, want %d", got, code)
 			}
 		})
