@@ -1,8 +1,8 @@
-// Package transport is the public port: one listener for HTTP and WebSocket, gnet event loops that
-// own the connections, authentication, and frames in and out.
+// Package transport is the public port: one listener for HTTP, WebSocket and event streams, gnet event
+// loops that own the connections, authentication, and frames in and out.
 //
-// A connection begins on its loop. A complete upgrade of /ws is answered there; any other request
-// hands the connection to net/http through an in-memory conn, and an upgrade that follows on it is
+// A connection begins on its loop. A complete upgrade of /ws, or GET /sse, is answered there; any other
+// request hands the connection to net/http through an in-memory conn, and an upgrade that follows on it is
 // handed back. On an open connection the loop parses frames in place over the read buffer, answers
 // what concerns only the connection itself (ping, malformed input, token refresh), and passes the
 // rest to the user's shard in batches. It writes what the shards command, all frames of a batch for
