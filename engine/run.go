@@ -1,7 +1,6 @@
 package engine
 
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -308,16 +307,12 @@ func (e *Engine) startShards(context.Context) error {
 	if err := e.metrics.Register(e.presence); err != nil {
 		return fmt.Errorf("register the presence queue's metrics: %w", err)
 	}
-	w, lim := &e.cfg.WebSocket, &e.cfg.Limits
+	w := &e.cfg.WebSocket
 	e.shards, err = shard.New(shard.Options{
 		Shards: e.cfg.Shard.Count, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,
-		Topic: e.cfg.Kafka.UpstreamTopic, Heartbeat: w.Heartbeat, RefreshInterval: e.cfg.Redis.RefreshInterval,
-		AckDeadline: e.cfg.Kafka.AckDeadline, EgressBudget: w.EgressBudgetBytes, MaxMessageBytes: w.MaxMessageBytes,
-		NodeEgressBudget: w.NodeEgressBudgetBytes, AckTimeout: w.DeliveryTimeout, DeliveryTimeout: w.DeliveryTimeout, RecentMessages: w.RememberedMessages,
-		UserMessagesPerSecond: lim.UserMessagesPerSecond, UserBytesPerSecond: lim.UserBytesPerSecond,
-		MaxSessionInFlight: cmp.Or(lim.UnackedMessages, shard.MaxSessionInFlight),
-
-		CloseRate:   e.cfg.Drain.CloseRate,
+		Topic: e.cfg.Kafka.UpstreamTopic, Settings: shardSettings(&e.cfg),
+		Heartbeat: w.Heartbeat, RefreshInterval: e.cfg.Redis.RefreshInterval, AckDeadline: e.cfg.Kafka.AckDeadline,
+		AckTimeout: w.DeliveryTimeout, DeliveryTimeout: w.DeliveryTimeout, RecentMessages: w.RememberedMessages,
 		MaxSessions: sessionPolicy(e.cfg.Sessions.Policy), ReplaceKind: e.cfg.Sessions.OnePerKind,
 		Egress: egress, Publisher: e.producer, Presence: e.presence, Events: e.producer,
 		Replaced: func(user, gateway, session string) {
@@ -380,7 +375,7 @@ func (e *Engine) newServer() (*transport.Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	w, lim := &e.cfg.WebSocket, &e.cfg.Limits
+	w := &e.cfg.WebSocket
 	var certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
 	if t := &e.cfg.HTTP.TLS; t.CertFile != "" {
 		c, err := newCerts(t.CertFile, t.KeyFile, e.log)
@@ -391,19 +386,11 @@ func (e *Engine) newServer() (*transport.Server, error) {
 	}
 	messages.server, err = transport.New(transport.Options{
 		Addr: e.cfg.HTTP.Addr, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,
-		Sink: e.shards, Verifier: e.verifier, API: api,
-		MaxMessageBytes: w.MaxMessageBytes, HeadBytes: w.HeadBytes, HandshakeTimeout: w.HandshakeTimeout,
-		Heartbeat: w.Heartbeat, HeartbeatTimeout: w.HeartbeatTimeout, EgressBudget: w.EgressBudgetBytes, MaxConnections: w.MaxConnections,
-		MaxFragments: w.MaxFragments, MaxHTTPConnections: e.cfg.HTTP.MaxConnections,
+		Sink: e.shards, API: api, Settings: transportSettings(&e.cfg, e.verifier),
+		HeadBytes: w.HeadBytes, HandshakeTimeout: w.HandshakeTimeout, Heartbeat: w.Heartbeat,
 		HTTPReadTimeout: e.cfg.HTTP.ReadTimeout, HTTPWriteTimeout: e.cfg.HTTP.WriteTimeout, HTTPIdleTimeout: e.cfg.HTTP.IdleTimeout,
-		ExemptNetworks: networks(lim.ExemptNetworks), ConnectionsPerIP: lim.ConnectionsPerIP, ConnectionsPerSubnet: lim.ConnectionsPerSubnet,
-		HandshakesInFlight: lim.HandshakesInFlight, HandshakesPerSecond: lim.HandshakesPerSecond,
-		MessagesPerSecond: lim.MessagesPerSecond, BytesPerSecond: lim.BytesPerSecond,
 		Compression: transport.Compression{Enabled: w.Compression.Enabled, Threshold: w.Compression.ThresholdBytes, Level: w.Compression.Level},
-		Certificate: certificate, MaxTLSHandshakes: e.cfg.HTTP.TLS.MaxHandshakes,
-		TrustedProxies: networks(e.cfg.HTTP.TrustedProxies), ForwardedHeader: e.cfg.HTTP.ForwardedHeader, ProxyProtocol: e.cfg.HTTP.ProxyProtocol,
-		RefuseQueryToken: !e.cfg.Auth.QueryToken,
-		AllowedOrigins:   w.AllowedOrigins, Logger: e.log, Registerer: e.metrics,
+		Certificate: certificate, ProxyProtocol: e.cfg.HTTP.ProxyProtocol, Logger: e.log, Registerer: e.metrics,
 	})
 	return messages.server, err
 }

@@ -308,9 +308,9 @@ func TestOptions(t *testing.T) {
 		"no refresh":         func(o *Options) { o.RefreshInterval = 0 },
 		"no deadline":        func(o *Options) { o.AckDeadline = 0 },
 		"negative timeout":   func(o *Options) { o.ClaimTimeout = -1 },
-		"no budget":          func(o *Options) { o.EgressBudget = 0 },
-		"huge budget":        func(o *Options) { o.EgressBudget = 1 << 31 },
-		"too many in flight": func(o *Options) { o.MaxSessionInFlight = 1 << 16 },
+		"no budget":          func(o *Options) { o.Settings.EgressBudget = 0 },
+		"huge budget":        func(o *Options) { o.Settings.EgressBudget = 1 << 31 },
+		"too many in flight": func(o *Options) { o.Settings.MaxSessionInFlight = 1 << 16 },
 		"no egress":          func(o *Options) { o.Egress = nil },
 		"no events":          func(o *Options) { o.Events = nil },
 	} {

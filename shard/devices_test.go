@@ -243,7 +243,7 @@ func TestUnackedEnds(t *testing.T) {
 // TestNodeEgressBudget: what waits for all clients together is bounded; those who owe most are closed.
 func TestNodeEgressBudget(t *testing.T) {
 	const budget = 100_000
-	w := newWorld(t, func(o *Options) { o.NodeEgressBudget, o.EgressBudget = budget, 1<<20 })
+	w := newWorld(t, func(o *Options) { o.Settings.NodeEgressBudget, o.Settings.EgressBudget = budget, 1<<20 })
 	var stuck = map[uint32]bool{0: true, 1: true}
 	w.outcome = func(c *codec.Command) codec.Outcome {
 		if stuck[c.Session.Index()] {

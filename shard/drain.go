@@ -42,7 +42,7 @@ func (s *shard) drainStep() {
 		s.send(ses, b.Arena[start:len(b.Arena):len(b.Arena)], codec.Delivery{})
 	}
 	d.announce = d.announce[n:]
-	d.allowance += s.opts.CloseRate
+	d.allowance += s.rules.CloseRate
 	perClose := int(time.Second/tickLength) * s.opts.Shards // of the allowance
 	n = min(d.allowance/perClose, len(d.closing))
 	d.allowance = min(d.allowance-n*perClose, perClose)

@@ -78,7 +78,7 @@ func (s *shard) wait(ses *session, bytes int) {
 // nodeFull tells whether more waits in all than the node may hold: then the consumer waits, and client
 // messages are refused, until the clients have read, or those who owe most are closed.
 func (s *shard) nodeFull() bool {
-	return s.opts.NodeEgressBudget > 0 && s.nodeEgress+int64(s.counts.egress) > int64(s.opts.NodeEgressBudget)
+	return s.rules.NodeEgressBudget > 0 && s.nodeEgress+int64(s.counts.egress) > int64(s.rules.NodeEgressBudget)
 }
 
 // shedDebtors closes the sessions for which most is waiting until the shard's share of what is too
@@ -87,7 +87,7 @@ func (s *shard) shedDebtors() {
 	if !s.nodeFull() {
 		return
 	}
-	excess := (s.nodeEgress - int64(s.opts.NodeEgressBudget)) / int64(s.opts.Shards)
+	excess := (s.nodeEgress - int64(s.rules.NodeEgressBudget)) / int64(s.opts.Shards)
 	var debtors []*session
 	for r := range s.backlogs {
 		if ses := s.byRef(r); ses.state == closing {
@@ -114,7 +114,7 @@ const fairShare = 64 << 10
 // node is full. A frame by itself is never too much, however large.
 func (s *shard) tooMuch(ses *session, payload []byte) bool {
 	all := int(ses.pending) + len(payload)
-	if ses.pending == 0 || all <= s.opts.EgressBudget && (all <= fairShare || !s.nodeFull()) {
+	if ses.pending == 0 || all <= s.rules.EgressBudget && (all <= fairShare || !s.nodeFull()) {
 		return false
 	}
 	s.metrics.slow.Inc()

@@ -52,7 +52,7 @@ const (
 // limits again. What is refused is charged too, so that who slows down is heard again and who does not
 // goes too far.
 func (s *shard) spend(ses *session, u *codec.Upstream) (_ verdict, retryAfterMS int32) {
-	cost := s.rate.cost(u)
+	cost := s.rules.rate.cost(u)
 	if cost == 0 {
 		return withinRate, 0
 	}
@@ -78,7 +78,7 @@ func (s *shard) spend(ses *session, u *codec.Upstream) (_ verdict, retryAfterMS 
 // spendWithout charges the user of a message of the HTTP API. What is refused is not charged: the user
 // may have sessions that do no wrong. retryAfterMS 0: it is not refused.
 func (s *shard) spendWithout(u *codec.Upstream) (retryAfterMS int32) {
-	cost := s.rate.cost(u)
+	cost := s.rules.rate.cost(u)
 	if cost == 0 {
 		return 0
 	}

@@ -23,10 +23,18 @@ type limited struct {
 func limitedUser(t *testing.T, messages, bytes int) *limited {
 	l := &limited{t: t, now: time.Unix(1_760_000_000, 0), builder: codec.NewBuilder("g", 7)}
 	l.quiet = newQuiet(t, func() time.Time { return l.now })
-	l.s.rate = newUserRate(messages, bytes)
 	l.s.opts.MaxSessions = 4
-	l.s.opts.MaxSessionInFlight = MaxSessionInFlight
+	l.alter(func(n *Settings) {
+		n.UserMessagesPerSecond, n.UserBytesPerSecond, n.MaxSessionInFlight = messages, bytes, MaxSessionInFlight
+	})
 	return l
+}
+
+// alter puts other settings into force.
+func (l *limited) alter(change func(*Settings)) {
+	l.t.Helper()
+	alter(l.t, l.s.set, change)
+	l.s.clock()
 }
 
 func (l *limited) wait(d time.Duration) {
@@ -262,7 +270,7 @@ func TestNoUserLimit(t *testing.T) {
 // TestUnackedMessages: beyond the bound of one session OVERLOADED, until an answer has come.
 func TestUnackedMessages(t *testing.T) {
 	l := limitedUser(t, 0, 0)
-	l.s.opts.MaxSessionInFlight = 3
+	l.alter(func(n *Settings) { n.MaxSessionInFlight = 3 })
 	alice, other := l.connect(0, "alice"), l.connect(1, "alice")
 	for i := range 4 {
 		if code, _ := l.say("alice", alice, 1); (code == string(codec.Overloaded)) != (i == 3) {

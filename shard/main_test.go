@@ -50,9 +50,9 @@ func newWorld(t testing.TB, change func(*Options)) *world {
 	o := Options{
 		Shards: 1, Loops: 1, GatewayID: "g", Nonce: 7, Topic: "up",
 		Heartbeat: 30 * time.Second, RefreshInterval: 30 * time.Second, AckDeadline: 10 * time.Second,
-		EgressBudget: 1 << 20, MaxMessageBytes: 65536, RecentMessages: 1 << 15,
-		UserMessagesPerSecond: 1e9, UserBytesPerSecond: 1 << 40,
-		Egress: w, Publisher: w, Presence: presencePort{w}, Events: w,
+		RecentMessages: 1 << 15,
+		Settings:       Settings{EgressBudget: 1 << 20, MaxMessageBytes: 65536, UserMessagesPerSecond: 1e9, UserBytesPerSecond: 1 << 40},
+		Egress:         w, Publisher: w, Presence: presencePort{w}, Events: w,
 		Replaced:   func(user, gateway, session string) { w.note(&w.replaced, user+" "+gateway+" "+session) },
 		Logger:     zerolog.Nop(),
 		Registerer: prometheus.NewRegistry(),
@@ -65,6 +65,18 @@ func newWorld(t testing.TB, change func(*Options)) *world {
 		t.Fatal(err)
 	}
 	return w
+}
+
+// alter puts settings into force that differ from those before.
+func alter(t testing.TB, set *Set, change func(*Settings)) {
+	t.Helper()
+	next := set.rules.Load().Settings
+	change(&next)
+	apply, err := set.Prepare(next)
+	if err != nil {
+		t.Fatal(err)
+	}
+	apply()
 }
 
 // run starts the shards until the test ends.

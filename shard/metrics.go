@@ -131,7 +131,7 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 	}, func() float64 { return float64(set.egress.Load()) }))
 	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "im_gateway_shard_egress_bytes_bound", Help: "Beyond so many bytes the node refuses; 0: no bound.",
-	}, func() float64 { return float64(set.opts.NodeEgressBudget) }))
+	}, func() float64 { return float64(set.rules.Load().NodeEgressBudget) }))
 	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "im_gateway_shard_deliveries_open", Help: "Deliveries that have not ended.",
 	}, func() float64 {

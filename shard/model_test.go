@@ -121,8 +121,9 @@ func newModel(t *testing.T, seed uint64) *model {
 	set, err := New(Options{
 		Shards: 1, Loops: len(m.loops), GatewayID: "g", Nonce: 7, Topic: "up",
 		Heartbeat: 3 * time.Second, RefreshInterval: 2 * time.Second, AckDeadline: time.Second,
-		DeliveryTimeout: 5 * time.Second, EgressBudget: 3000, MaxMessageBytes: 65536, MaxSessionInFlight: 4,
-		UserMessagesPerSecond: 20, UserBytesPerSecond: 100,
+		DeliveryTimeout: 5 * time.Second,
+		Settings: Settings{EgressBudget: 3000, MaxMessageBytes: 65536, MaxSessionInFlight: 4,
+			UserMessagesPerSecond: 20, UserBytesPerSecond: 100},
 		Egress: m, Publisher: m, Presence: modelPresence{m}, Events: m,
 		Replaced: func(string, string, string) {}, Logger: zerolog.Nop(), Registerer: prometheus.NewRegistry(),
 		Now: func() time.Time { return m.now },

@@ -41,7 +41,7 @@ func (w *world) settle(r codec.UpstreamResult) {
 // TestPosted: a message that is posted for a session is one of the session's, but its answer goes to who has
 // posted it; once that one is told that nothing is known, the session learns what is known later.
 func TestPosted(t *testing.T) {
-	w := newWorld(t, func(o *Options) { o.MaxSessionInFlight, o.MaxSessions = 1, 2 })
+	w := newWorld(t, func(o *Options) { o.Settings.MaxSessionInFlight, o.MaxSessions = 1, 2 })
 	w.run()
 	a, b := sessionID(0, 1), sessionID(1, 1)
 	w.connected(a, "alice")
@@ -104,7 +104,7 @@ func TestPosted(t *testing.T) {
 }
 
 func TestPostedLate(t *testing.T) {
-	w := newWorld(t, func(o *Options) { o.AckDeadline, o.MaxSessionInFlight = tickLength, 2 })
+	w := newWorld(t, func(o *Options) { o.AckDeadline, o.Settings.MaxSessionInFlight = tickLength, 2 })
 	w.run()
 	id := sessionID(0, 1)
 	w.connected(id, "alice")
@@ -132,7 +132,7 @@ func TestPostedLate(t *testing.T) {
 }
 
 func TestPostedBeyondTheUsersRate(t *testing.T) {
-	w := newWorld(t, func(o *Options) { o.UserMessagesPerSecond, o.UserBytesPerSecond = 1, 0 })
+	w := newWorld(t, func(o *Options) { o.Settings.UserMessagesPerSecond, o.Settings.UserBytesPerSecond = 1, 0 })
 	w.run()
 	id := sessionID(0, 1)
 	w.connected(id, "alice")

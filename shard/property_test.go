@@ -28,7 +28,7 @@ func (m *model) check() {
 			m.t.Fatalf("%d bytes pending, %d in flight; there are %d and %d",
 				ses.pending, ses.inFlight, pending[ses.id], inFlight[ses.id])
 		}
-		if int(ses.inFlight) > s.opts.MaxSessionInFlight {
+		if int(ses.inFlight) > s.rules.MaxSessionInFlight {
 			m.t.Fatalf("%d in flight", ses.inFlight)
 		}
 	})

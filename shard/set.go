@@ -40,23 +40,17 @@ type Options struct {
 	Nonce     uint64 // of session names
 	Topic     string // the upstream topic, named in acks
 
-	Heartbeat          time.Duration // between pings
-	RefreshInterval    time.Duration // of presence
-	ClaimTimeout       time.Duration // how long `connected` waits for presence; 1 s
-	AckDeadline        time.Duration // then OUTCOME_UNKNOWN
-	DeliveryTimeout    time.Duration // how long a frame may wait for the kernel to take it; 30 s
-	EgressBudget       int           // bytes that may wait for one session
-	NodeEgressBudget   int           // bytes that may wait for all sessions together; 0: no bound of its own
-	MaxSessions        int           // of one user; 1: a newer session replaces the older; 1
-	ReplaceKind        bool          // a newer session replaces one of the same kind of device
-	CloseRate          int           // sessions closed per second by CloseAll; 10,000
-	AckTimeout         time.Duration // how long a client may take to acknowledge a delivery; 30 s
-	MaxMessageBytes    int           // told to clients
-	MaxSessionInFlight int           // upstream messages without a result, per session; 256
+	Settings Settings // until others are applied
 
-	UserMessagesPerSecond int // of all sessions of a user, two seconds' worth at once; 0: no limit
-	UserBytesPerSecond    int // of their records; 0: no limit
-	RecentMessages        int // names of accepted messages remembered for retries; 0: none
+	Heartbeat       time.Duration // between pings
+	RefreshInterval time.Duration // of presence
+	ClaimTimeout    time.Duration // how long `connected` waits for presence; 1 s
+	AckDeadline     time.Duration // then OUTCOME_UNKNOWN
+	DeliveryTimeout time.Duration // how long a frame may wait for the kernel to take it; 30 s
+	AckTimeout      time.Duration // how long a client may take to acknowledge a delivery; 30 s
+	MaxSessions     int           // of one user; 1: a newer session replaces the older; 1
+	ReplaceKind     bool          // a newer session replaces one of the same kind of device
+	RecentMessages  int           // names of accepted messages remembered for retries; 0: none
 
 	Egress    Egress
 	Publisher Publisher
@@ -75,9 +69,7 @@ func (o *Options) validate() error {
 	o.ClaimTimeout = orDefault(o.ClaimTimeout, time.Second)
 	o.DeliveryTimeout = orDefault(o.DeliveryTimeout, 30*time.Second)
 	o.AckTimeout = orDefault(o.AckTimeout, 30*time.Second)
-	o.CloseRate = orDefault(o.CloseRate, defaultCloseRate)
 	o.MaxSessions = orDefault(o.MaxSessions, 1)
-	o.MaxSessionInFlight = orDefault(o.MaxSessionInFlight, 256)
 	if o.Now == nil {
 		o.Now = time.Now
 	}
@@ -94,20 +86,10 @@ func (o *Options) validate() error {
 	case max(o.Heartbeat, o.RefreshInterval, o.ClaimTimeout, o.DeliveryTimeout) > maxInterval:
 		return fmt.Errorf("heartbeat %s, presence refresh %s, claim timeout %s, delivery timeout %s: each must be at most %s",
 			o.Heartbeat, o.RefreshInterval, o.ClaimTimeout, o.DeliveryTimeout, maxInterval)
-	case o.EgressBudget < 1 || o.EgressBudget > maxEgressBudget:
-		return fmt.Errorf("egress budget: %d bytes, must be 1 to %d", o.EgressBudget, maxEgressBudget)
-	case o.MaxSessionInFlight < 1 || o.MaxSessionInFlight > MaxSessionInFlight:
-		return fmt.Errorf("messages in flight per session: %d, must be 1 to %d", o.MaxSessionInFlight, MaxSessionInFlight)
 	case o.AckTimeout < tickLength || o.AckTimeout > maxInterval:
 		return fmt.Errorf("ack timeout: %s, must be %s to %s", o.AckTimeout, tickLength, maxInterval)
 	case o.MaxSessions < 1 || o.MaxSessions > maxUserSessions:
 		return fmt.Errorf("sessions of a user: %d, must be 1 to %d", o.MaxSessions, maxUserSessions)
-	case o.CloseRate < 1:
-		return fmt.Errorf("close rate: %d, must be positive", o.CloseRate)
-	case o.NodeEgressBudget < 0:
-		return fmt.Errorf("egress budget of the node: %d bytes, must not be negative", o.NodeEgressBudget)
-	case o.UserMessagesPerSecond < 0 || o.UserBytesPerSecond < 0:
-		return fmt.Errorf("rates of a user: %d messages, %d bytes, neither may be negative", o.UserMessagesPerSecond, o.UserBytesPerSecond)
 	case o.RecentMessages < 0:
 		return fmt.Errorf("remembered messages: %d, must not be negative", o.RecentMessages)
 	case o.Egress == nil || o.Publisher == nil || o.Presence == nil || o.Events == nil ||
@@ -126,7 +108,8 @@ func orDefault[T time.Duration | int](v, def T) T {
 
 // Set is the shards. Its methods may be called from any goroutine.
 type Set struct {
-	opts    Options
+	opts    Options // but for its Settings, which rules hold
+	rules   atomic.Pointer[rules]
 	shards  []*shard
 	metrics *metrics
 	egress  atomic.Int64  // bytes that wait for all sessions, as the shards last said
@@ -148,7 +131,13 @@ func New(opts Options) (*Set, error) {
 	if err := opts.validate(); err != nil {
 		return nil, fmt.Errorf("shard options: %w", err)
 	}
+	r, err := newRules(opts.Settings)
+	if err != nil {
+		return nil, fmt.Errorf("shard options: %w", err)
+	}
 	set := &Set{opts: opts, done: make(chan struct{}), measuring: make(chan struct{}, 1)}
+	set.opts.Settings = Settings{}
+	set.rules.Store(r)
 	m, err := newMetrics(set, opts.Registerer)
 	if err != nil {
 		return nil, err

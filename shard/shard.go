@@ -55,11 +55,11 @@ type shard struct {
 	up          *codec.UpstreamBatch // admitted, not sent yet
 	flight      flight
 	recent      recent
-	rate        userRate
 	accounts    map[string]account // of users without a session who have not paid for all they sent
 	backlogs    map[ref]*backlog
 	unacked     map[ref]*unacked // of sessions whose client acknowledges deliveries
 	devices     map[ref]device   // of sessions that have named theirs
+	rules       *rules           // the newest at the start of the round
 	nodeEgress  int64            // bytes that waited in all shards at the start of the round
 	handling    codec.Delivery   // taken in, neither ended nor handed on yet
 	delivering  codec.Delivery   // taken in last
@@ -101,7 +101,7 @@ func newShard(set *Set, index int, m *metrics) *shard {
 		unacked:        map[ref]*unacked{},
 		devices:        map[ref]device{},
 		recent:         newRecent(o.RecentMessages / o.Shards),
-		rate:           newUserRate(o.UserMessagesPerSecond, o.UserBytesPerSecond),
+		rules:          set.rules.Load(),
 		accounts:       map[string]account{},
 	}
 	return s
@@ -229,6 +229,7 @@ func (s *shard) clock() {
 	s.began = s.opts.Now()
 	s.now = s.began.UnixMilli()
 	s.nodeEgress = s.set.egress.Load()
+	s.rules = s.set.rules.Load()
 }
 
 // flush hands on everything that has gathered. Each part is guarded by itself: a port that panics
@@ -367,7 +368,7 @@ func (s *shard) goLive(ses *session, degraded bool) {
 	b := s.box(ses)
 	start := len(b.Arena)
 	b.Arena = ses.protocol.AppendConnected(b.Arena, s.opts.GatewayID, ses.id.Name(s.opts.Nonce),
-		s.opts.Heartbeat.Milliseconds(), s.opts.MaxMessageBytes, degraded, s.now)
+		s.opts.Heartbeat.Milliseconds(), s.rules.MaxMessageBytes, degraded, s.now)
 	s.frame(ses, b.Arena[start:], codec.Delivery{})
 	s.release(ses)
 	if ses.state != live { // what was held went over the budget

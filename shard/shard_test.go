@@ -166,7 +166,7 @@ func TestNewerSessionReplaces(t *testing.T) {
 }
 
 func TestRefusals(t *testing.T) {
-	w := newWorld(t, func(o *Options) { o.MaxSessionInFlight = 1 })
+	w := newWorld(t, func(o *Options) { o.Settings.MaxSessionInFlight = 1 })
 	w.run()
 	id := sessionID(0, 1)
 	w.connected(id, "alice")
@@ -219,7 +219,7 @@ func TestDeliveryEnds(t *testing.T) {
 // TestSlowConsumer: what the kernel does not take counts against the budget, and ends when it is
 // taken or the session ends.
 func TestSlowConsumer(t *testing.T) {
-	w := newWorld(t, func(o *Options) { o.EgressBudget = 1000 })
+	w := newWorld(t, func(o *Options) { o.Settings.EgressBudget = 1000 })
 	position := uint64(0)
 	w.outcome = func(c *codec.Command) codec.Outcome {
 		position += uint64(len(c.Payload))
@@ -346,7 +346,7 @@ func TestFullQueueAndResume(t *testing.T) {
 // TestChurn: thousands of sessions open, send, receive and close in random order; every delivery ends
 // once, every message has one answer at the most, and nobody is left over.
 func TestChurn(t *testing.T) {
-	w := newWorld(t, func(o *Options) { o.EgressBudget = 4000 })
+	w := newWorld(t, func(o *Options) { o.Settings.EgressBudget = 4000 })
 	rnd := rand.New(rand.NewPCG(1, 2))
 	outcomes := rand.New(rand.NewPCG(3, 4)) // the shard's goroutine
 	w.outcome = func(*codec.Command) codec.Outcome {

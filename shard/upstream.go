@@ -72,7 +72,7 @@ func (s *shard) onMessage(u *codec.Upstream) {
 		return
 	}
 	code, retry := codec.Overloaded, int32(0)
-	if int(ses.inFlight) < s.opts.MaxSessionInFlight {
+	if int(ses.inFlight) < s.rules.MaxSessionInFlight {
 		if again != nil {
 			s.answerAgain(ses, u, again)
 			return

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 )
 
 // TrustedNetworks are the networks of the proxies that are believed when they name another address as
@@ -90,15 +91,15 @@ func (f *forwarding) fromRequest(r *http.Request) netip.Addr {
 	return f.client(peer.Addr(), values...)
 }
 
-// forwardingKey names the server's forwarding in the context of its requests.
+// forwardingKey names the server's rules in the context of its requests.
 type forwardingKey struct{}
 
 // ClientIP is the address of the client of a request that a Server serves: the socket's, or the one that
 // trusted proxies name. It is not valid where there is none.
 func ClientIP(r *http.Request) netip.Addr {
-	f, ok := r.Context().Value(forwardingKey{}).(*forwarding)
-	if !ok {
-		f = &forwarding{}
+	f := &forwarding{}
+	if in, ok := r.Context().Value(forwardingKey{}).(*atomic.Pointer[rules]); ok {
+		f = &in.Load().forwarding
 	}
 	return f.fromRequest(r)
 }

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
 )
 
@@ -81,7 +82,9 @@ func TestForwardedOnlyFromTrustedNetworks(t *testing.T) {
 			if got := f.fromHead(peer, []byte(head+"\r\n")); got.String() != c.want {
 				t.Errorf("by the head: %s, want %s", got, c.want)
 			}
-			r = r.WithContext(context.WithValue(context.Background(), forwardingKey{}, f))
+			var in atomic.Pointer[rules]
+			in.Store(&rules{forwarding: *f})
+			r = r.WithContext(context.WithValue(context.Background(), forwardingKey{}, &in))
 			if got := ClientIP(r); got.String() != c.want {
 				t.Errorf("by the request: %s, want %s", got, c.want)
 			}

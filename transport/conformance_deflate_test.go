@@ -14,7 +14,7 @@ import (
 // they are large, and cases of our own as group 14.
 func TestConformanceDeflate(t *testing.T) {
 	s := startEcho(t, func(o *Options) {
-		o.MaxMessageBytes, o.MaxFragments, o.EgressBudget = 1<<20, 1<<14, 64<<20
+		o.Settings.MaxMessageBytes, o.Settings.MaxFragments, o.Settings.EgressBudget = 1<<20, 1<<14, 64<<20
 		o.Compression = Compression{Enabled: true, Level: 1}
 	})
 	playAll(t, s, append(deflateCases(), deflateFrameCases()...))

@@ -33,7 +33,7 @@ func (h handshake) String() string {
 // TestConformanceHandshake: requests and what they are answered with, never a hang: whole and in single
 // bytes. What is refused ends the connection.
 func TestConformanceHandshake(t *testing.T) {
-	s, _ := start(t, func(o *Options) { o.AllowedOrigins = []string{"https://good.example"} })
+	s, _ := start(t, func(o *Options) { o.Settings.AllowedOrigins = []string{"https://good.example"} })
 	good := token(t, "alice", time.Hour)
 	base := handshake{"GET", "/ws?token=" + good, "HTTP/1.1", "\r\n", []string{"Host: h", "Upgrade: websocket", "Connection: Upgrade",
 		"Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="}}

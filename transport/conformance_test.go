@@ -173,7 +173,7 @@ func octets(s string) []string {
 
 func TestConformance(t *testing.T) {
 	s := startEcho(t, func(o *Options) {
-		o.MaxMessageBytes, o.MaxFragments, o.EgressBudget = 17<<20, 1<<17, 64<<20
+		o.Settings.MaxMessageBytes, o.Settings.MaxFragments, o.Settings.EgressBudget = 17<<20, 1<<17, 64<<20
 	})
 	playAll(t, s, conformanceCases())
 }

@@ -107,7 +107,7 @@ func (cn *conn) read() {
 	case stateHead:
 		cn.readHead()
 	case stateVerifying: // what follows the head stays in gnet's buffer
-		if cn.c.InboundBuffered() > cn.l.s.opts.HeadBytes+cn.l.s.opts.MaxMessageBytes {
+		if cn.c.InboundBuffered() > cn.l.s.opts.HeadBytes+cn.l.rules.MaxMessageBytes {
 			cn.respond(tooLargeResponse)
 		}
 	case stateBridged:
@@ -142,7 +142,7 @@ func (cn *conn) write(b []byte) {
 		cn.backlog = true
 		cn.l.backlog = append(cn.l.backlog, waiting{cn: cn})
 	}
-	if cn.state == stateOpen && left > cn.l.s.opts.EgressBudget+egressSlack {
+	if cn.state == stateOpen && left > cn.l.rules.EgressBudget+egressSlack {
 		cn.l.fail(cn, codec.CloseSlowConsumer, reasonSlow)
 	}
 }
@@ -196,7 +196,7 @@ func (cn *conn) readProxy() {
 
 // count counts the connection for its client's address; false: there are too many.
 func (cn *conn) count(a netip.Addr) (ok bool) {
-	cn.from, ok = cn.l.s.perAddr.take(a)
+	cn.from, ok = cn.l.s.perAddr.take(cn.l.rules, a)
 	return ok
 }
 
@@ -251,8 +251,7 @@ func (l *loop) tickBacklog() {
 
 // suspect watches a connection whose time will be over before the next ping.
 func (l *loop) suspect(cn *conn) {
-	o := &l.s.opts
-	if !cn.suspect && l.now-cn.lastRead+o.Heartbeat.Milliseconds() > o.HeartbeatTimeout.Milliseconds() {
+	if !cn.suspect && l.now-cn.lastRead+l.s.opts.Heartbeat.Milliseconds() > l.rules.HeartbeatTimeout.Milliseconds() {
 		cn.suspect = true
 		l.suspects = append(l.suspects, cn)
 	}
@@ -269,7 +268,7 @@ func (l *loop) tickSuspects() {
 	for _, cn := range list {
 		silent := l.now - cn.lastRead
 		switch {
-		case cn.state == stateOpen && silent > l.s.opts.HeartbeatTimeout.Milliseconds():
+		case cn.state == stateOpen && silent > l.rules.HeartbeatTimeout.Milliseconds():
 			l.fail(cn, codec.CloseHeartbeatMissed, reasonSilent)
 		case cn.state == stateOpen && silent > l.s.opts.Heartbeat.Milliseconds():
 			kept = append(kept, cn)

@@ -135,7 +135,7 @@ func TestDeflate(t *testing.T) {
 
 // TestDeflateRefuses what is not valid, each by its code.
 func TestDeflateRefuses(t *testing.T) {
-	s, _ := start(t, func(o *Options) { withDeflate(o); o.MaxMessageBytes = 10_000 })
+	s, _ := start(t, func(o *Options) { withDeflate(o); o.Settings.MaxMessageBytes = 10_000 })
 	bomb := squeeze(`{"data":"` + strings.Repeat("x", 5_000_000) + `"}`)
 	for name, c := range map[string]struct {
 		frames string

@@ -2,7 +2,6 @@ package transport
 
 import (
 	"context"
-	"time"
 
 	"im-gateway/codec"
 )
@@ -20,7 +19,7 @@ type egressTask struct {
 func (t *egressTask) Run(context.Context) error {
 	b := t.batch
 	t.batch = nil
-	t.l.now = time.Now().UnixMilli()
+	t.l.begin()
 	t.l.guard(nil, func() { t.l.run(b) })
 	t.l.s.opts.Sink.Return(b)
 	return nil

@@ -65,7 +65,7 @@ func TestEgressOutcomes(t *testing.T) {
 // TestSlowReader: what the kernel does not take is buffered, reported once it is taken, and ends in
 // 4000 beyond the budget.
 func TestSlowReader(t *testing.T) {
-	s, sink := start(t, func(o *Options) { o.EgressBudget = 32 << 20 })
+	s, sink := start(t, func(o *Options) { o.Settings.EgressBudget = 32 << 20 })
 	c := connect(t, s, "slow")
 	id := sink.next(t, codec.EventOpen).Session
 	payload := strings.Repeat("x", 60_000)
@@ -92,7 +92,7 @@ func TestSlowReader(t *testing.T) {
 }
 
 func TestLoopClosesWhatNobodyReads(t *testing.T) {
-	s, sink := start(t, func(o *Options) { o.EgressBudget = 1 << 20 })
+	s, sink := start(t, func(o *Options) { o.Settings.EgressBudget = 1 << 20 })
 	c := connect(t, s, "slow")
 	id := sink.next(t, codec.EventOpen).Session
 	for range 400 {
@@ -106,7 +106,7 @@ func TestLoopClosesWhatNobodyReads(t *testing.T) {
 }
 
 func TestSilentClientIsClosed(t *testing.T) {
-	s, sink := start(t, func(o *Options) { o.HeartbeatTimeout = 50 * time.Millisecond })
+	s, sink := start(t, func(o *Options) { o.Settings.HeartbeatTimeout = 50 * time.Millisecond })
 	c := connect(t, s, "quiet")
 	id := sink.next(t, codec.EventOpen).Session
 	eventually(t, func() bool {

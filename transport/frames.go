@@ -42,7 +42,7 @@ func (l *loop) tickPartials() {
 	if len(l.partials) == 0 {
 		return
 	}
-	most := l.s.opts.HeartbeatTimeout
+	most := l.rules.HeartbeatTimeout
 	if l.s.pressed.Load() {
 		most = min(most, l.s.opts.HandshakeTimeout)
 	}
@@ -253,7 +253,7 @@ func (cn *conn) header(b []byte) (h frameHeader, ok bool) {
 		if continued {
 			before = len(cn.asm.buf)
 		}
-		if h.length > cn.l.s.opts.MaxMessageBytes-before {
+		if h.length > cn.l.rules.MaxMessageBytes-before {
 			cn.l.s.metrics.refuse(codec.MessageTooLarge)
 			cn.l.fail(cn, codec.CloseTooBig, reasonTooBig)
 			return h, false
@@ -275,7 +275,7 @@ func (cn *conn) begin(h frameHeader) {
 		a.began = cn.l.now
 		cn.l.partials = append(cn.l.partials, partial{cn, a.began})
 	}
-	if a.frames++; a.frames > cn.l.s.opts.MaxFragments || !h.fin && cn.spend(fragmentCost, 0) == farBeyond {
+	if a.frames++; a.frames > cn.l.rules.MaxFragments || !h.fin && cn.spend(fragmentCost, 0) == farBeyond {
 		cn.l.s.metrics.refuse(codec.RateLimited)
 		cn.l.fail(cn, codec.ClosePolicy, reasonFragments)
 		return
@@ -322,7 +322,7 @@ func (cn *conn) frameDone(a *assembly) {
 func (cn *conn) whole(op ws.OpCode, payload []byte, compressed, valid bool) {
 	l := cn.l
 	if compressed {
-		plain, err := l.deflater.inflate(payload, l.s.opts.MaxMessageBytes)
+		plain, err := l.deflater.inflate(payload, l.rules.MaxMessageBytes)
 		switch err {
 		case nil:
 			payload = plain

@@ -12,7 +12,7 @@ import (
 
 func startEcho(t testing.TB, change func(*Options)) *Server {
 	s, _ := start(t, func(o *Options) {
-		o.Echo, o.Sink, o.Verifier, o.API = true, nil, nil, nil
+		o.Echo, o.Sink, o.Settings.Verifier, o.API = true, nil, nil, nil
 		if change != nil {
 			change(o)
 		}
@@ -32,7 +32,7 @@ func echoClient(t testing.TB, s *Server) *client {
 
 // TestFrames feeds sequences of frames whole and byte by byte; the answers must be the same.
 func TestFrames(t *testing.T) {
-	s := startEcho(t, func(o *Options) { o.MaxMessageBytes = 70_000 })
+	s := startEcho(t, func(o *Options) { o.Settings.MaxMessageBytes = 70_000 })
 	big := strings.Repeat("é", 30_000)
 	for _, tc := range []struct {
 		name, input string

@@ -72,8 +72,8 @@ func FuzzHandshakeHead(f *testing.F) {
 		f.Add([]byte(s), uint16(len(s)/2))
 	}
 	l := bareLoop(f, &dropSink{}, func(o *Options) {
-		o.HeadBytes, o.MaxMessageBytes = 1<<10, 1<<10
-		o.AllowedOrigins = []string{"https://good.example"}
+		o.HeadBytes, o.Settings.MaxMessageBytes = 1<<10, 1<<10
+		o.Settings.AllowedOrigins = []string{"https://good.example"}
 		withDeflate(o)
 	})
 	f.Fuzz(func(t *testing.T, input []byte, cut uint16) {
@@ -138,7 +138,7 @@ func FuzzDeflateFrames(f *testing.F) {
 	f.Add([]byte(squeezed(true, ws.OpText, "\x00\x05\x00\xfa\xffHello\x00")), uint16(9))
 	f.Add([]byte(squeezed(true, ws.OpText, "\xff\xff")), uint16(2))
 	l := bareLoop(f, &dropSink{}, func(o *Options) {
-		o.Echo, o.MaxMessageBytes = true, 1<<10
+		o.Echo, o.Settings.MaxMessageBytes = true, 1<<10
 		o.Compression = Compression{Enabled: true, Threshold: 20, Level: 1}
 	})
 	f.Fuzz(func(t *testing.T, input []byte, cut uint16) {
@@ -164,7 +164,7 @@ func FuzzDeflateFrames(f *testing.F) {
 			if err != nil {
 				t.Fatalf("wrote %x: %v", first, err)
 			}
-			if got.first&rsv1 != 0 && len(stretch(t, []byte(got.payload))) > l.s.opts.MaxMessageBytes {
+			if got.first&rsv1 != 0 && len(stretch(t, []byte(got.payload))) > l.rules.MaxMessageBytes {
 				t.Errorf("echoed more than a message may hold")
 			}
 		}
@@ -194,9 +194,9 @@ func FuzzFramesDifferential(f *testing.F) {
 	} {
 		f.Add([]byte(s))
 	}
-	l := bareLoop(f, &dropSink{}, func(o *Options) { o.Echo, o.MaxMessageBytes, o.MaxFragments = true, 1<<10, 1<<20 })
+	l := bareLoop(f, &dropSink{}, func(o *Options) { o.Echo, o.Settings.MaxMessageBytes, o.Settings.MaxFragments = true, 1<<10, 1<<20 })
 	f.Fuzz(func(t *testing.T, input []byte) {
-		input, at, code := strictness(input, l.s.opts.MaxMessageBytes)
+		input, at, code := strictness(input, l.rules.MaxMessageBytes)
 		cn, p := opened(l, "")
 		p.keep, p.in = true, bytes.Clone(input)
 		l.traffic(cn)

@@ -42,7 +42,7 @@ func newHTTPFront(s *Server) *httpFront {
 	f.server = &http.Server{
 		Handler: f,
 		BaseContext: func(net.Listener) context.Context {
-			return context.WithValue(context.Background(), forwardingKey{}, &s.forwarding)
+			return context.WithValue(context.Background(), forwardingKey{}, &s.rules)
 		},
 		ReadHeaderTimeout: s.opts.HandshakeTimeout,
 		ReadTimeout:       s.opts.HTTPReadTimeout,
@@ -206,7 +206,7 @@ func (cn *conn) handOver() {
 	}
 	b := newBridge(cn)
 	b.http = true
-	if int(l.s.bridged.Load()) >= l.s.opts.MaxHTTPConnections {
+	if int(l.s.bridged.Load()) >= l.rules.MaxHTTPConnections {
 		l.s.metrics.handshake.shed.Inc()
 		cn.respond(shedResponse)
 		return

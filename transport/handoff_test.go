@@ -146,7 +146,7 @@ func TestSlowVerifierAfterHTTP(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, sink := start(t, func(o *Options) { o.Verifier = v; o.Loops = 1 })
+	s, sink := start(t, func(o *Options) { o.Settings.Verifier = v; o.Loops = 1 })
 	token := string(signed(t, jwa.EdDSA, private))
 	// Every checker is held, and the queue is full.
 	var running atomic.Int64

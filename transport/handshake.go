@@ -299,7 +299,7 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 		l.s.metrics.handshake.shed.Inc()
 		cn.respond(shedResponse)
 		return
-	case !l.s.upgrade.allow(l.now):
+	case !l.s.upgrades.allow(l.rules.upgradeCost, l.now):
 		l.s.metrics.handshake.rate.Inc()
 		cn.respond(shedResponse)
 		return
@@ -307,7 +307,7 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 		l.s.metrics.handshake.malformed.Inc()
 		cn.respond(badRequestResponse)
 		return
-	case !l.s.allowsOrigin(h.origin, h.host):
+	case !l.rules.allowsOrigin(h.origin, h.host):
 		l.s.metrics.handshake.origin.Inc()
 		cn.respond(originResponse)
 		return
@@ -315,7 +315,7 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 		l.s.metrics.handshake.crowded.Inc()
 		cn.respond(crowdedResponse)
 		return
-	case h.inQuery && l.s.opts.RefuseQueryToken:
+	case h.inQuery && l.rules.RefuseQueryToken:
 		l.s.metrics.handshake.refused.Inc()
 		cn.respond(queryResponse)
 		return
@@ -330,7 +330,7 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 		cn.respond(protocolResponse)
 		return
 	}
-	if l.s.verify == nil {
+	if !l.rules.Verifier.Slow() {
 		who, err := l.s.identify(h.token)
 		cn.finishUpgrade(head, inBuffer, h.wish, who, err)
 		return
@@ -359,12 +359,12 @@ func (cn *conn) upgrade(head []byte, h *upgradeHead, inBuffer int) {
 // countForwarded counts a connection of a trusted proxy for the client that the head names; false: there
 // are too many.
 func (cn *conn) countForwarded(head []byte) bool {
-	s := cn.l.s
-	if cn.from != 0 || len(s.forwarding.trusted) == 0 {
+	f := &cn.l.rules.forwarding
+	if cn.from != 0 || len(f.trusted) == 0 {
 		return true
 	}
 	peer := addrOf(cn.remote())
-	if client := s.forwarding.fromHead(peer, head); client != peer {
+	if client := f.fromHead(peer, head); client != peer {
 		return cn.count(client)
 	}
 	return true
@@ -472,14 +472,14 @@ func (h *handshakeIO) Write(p []byte) (int, error) {
 
 // allowsOrigin tells whether a page of this origin may connect to this host: one of the list, or one that
 // the host itself serves. Clients that are no browsers send no origin.
-func (s *Server) allowsOrigin(origin, host []byte) bool {
-	if len(origin) == 0 || len(s.opts.AllowedOrigins) == 0 || s.origins.All() {
+func (r *rules) allowsOrigin(origin, host []byte) bool {
+	if len(origin) == 0 || len(r.AllowedOrigins) == 0 || r.origins.All() {
 		return true
 	}
 	if _, from, ok := bytes.Cut(origin, []byte("://")); ok && len(host) > 0 && bytes.EqualFold(from, host) {
 		return true
 	}
-	return s.origins.Has(string(origin))
+	return r.origins.Has(string(origin))
 }
 
 // The fixed answers.

@@ -20,7 +20,7 @@ import (
 )
 
 func TestHandshake(t *testing.T) {
-	s, _ := start(t, func(o *Options) { o.AllowedOrigins = []string{"https://good.example"} })
+	s, _ := start(t, func(o *Options) { o.Settings.AllowedOrigins = []string{"https://good.example"} })
 	good := token(t, "alice", time.Hour)
 	none := base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"none"}`)) + "." +
 		base64.RawURLEncoding.EncodeToString([]byte(`{"user_id":"alice","exp":9999999999}`)) + "."
@@ -149,7 +149,7 @@ func TestSlowVerifierRunsOffTheLoop(t *testing.T) {
 	if !v.Slow() {
 		t.Fatal("EdDSA is checked on the loop")
 	}
-	s, sink := start(t, func(o *Options) { o.Verifier = v })
+	s, sink := start(t, func(o *Options) { o.Settings.Verifier = v })
 	tok, err := jwt.NewBuilder().Subject("carol").Expiration(time.Now().Add(time.Hour)).Build()
 	if err != nil {
 		t.Fatal(err)
@@ -289,7 +289,7 @@ func TestUnfinishedFrameAcrossTheHandBack(t *testing.T) {
 }
 
 func TestConnectionCap(t *testing.T) {
-	s, _ := start(t, func(o *Options) { o.MaxConnections = 2 })
+	s, _ := start(t, func(o *Options) { o.Settings.MaxConnections = 2 })
 	connect(t, s, "a")
 	second := connect(t, s, "b")
 	if resp, _ := dial(t, s).answer(); resp.StatusCode != 503 || resp.Header.Get("Retry-After") == "" {

@@ -73,7 +73,7 @@ func bareLoop(t testing.TB, sink Sink, change func(*Options)) *loop {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o := Options{Addr: "127.0.0.1:0", Loops: 1, GatewayID: "g", Sink: sink, Verifier: v, API: http.NotFoundHandler(),
+	o := Options{Addr: "127.0.0.1:0", Loops: 1, GatewayID: "g", Sink: sink, Settings: Settings{Verifier: v}, API: http.NotFoundHandler(),
 		Logger: zerolog.Nop(), Registerer: prometheus.NewRegistry()}
 	if change != nil {
 		change(&o)
@@ -244,7 +244,7 @@ func FuzzFeed(f *testing.F) {
 	f.Add([]byte("\x81\xff\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x00a"), uint16(4))
 	f.Add([]byte(frame(false, ws.OpBinary, "a")+frame(true, ws.OpPing, "")+frame(true, ws.OpContinuation, "b")), uint16(9))
 	f.Add([]byte(frame(true, ws.OpClose, "\x03\xe8bye")+text("x")), uint16(2))
-	l := bareLoop(f, &dropSink{}, func(o *Options) { o.Echo = true; o.MaxMessageBytes = 1 << 10 })
+	l := bareLoop(f, &dropSink{}, func(o *Options) { o.Echo = true; o.Settings.MaxMessageBytes = 1 << 10 })
 	f.Fuzz(func(t *testing.T, input []byte, cut uint16) {
 		run := func(parts [][]byte) ([]byte, connState) {
 			cn, p := opened(l, "")

@@ -322,7 +322,7 @@ func TestIssuerOptions(t *testing.T) {
 
 // TestQueryToken: where it is switched off a token in the query is refused, the other ways are not.
 func TestQueryToken(t *testing.T) {
-	s, _ := start(t, func(o *Options) { o.RefuseQueryToken = true })
+	s, _ := start(t, func(o *Options) { o.Settings.RefuseQueryToken = true })
 	c := dial(t, s)
 	c.send("GET /ws?token=", token(t, "u", time.Hour), " HTTP/1.1\r\n", upgradeLines, "\r\n")
 	if resp, body := c.answer(); resp.StatusCode != 401 || !strings.Contains(body, "query") {

@@ -37,55 +37,47 @@ func (n network) subnet() network {
 	return n &^ 0xffff
 }
 
-// addressLimits counts the connections by network. Loops use it when connections come and go.
-type addressLimits struct {
-	perIP, perSubnet uint32 // 0: no limit
-	exempt           []netip.Prefix
-
+// addressCounts counts the connections by network. Loops use it when connections come and go. What came
+// while no limit was set, or from a network that was exempt, is not counted later either.
+type addressCounts struct {
 	mu      sync.Mutex
-	ips     map[network]uint32
-	subnets map[network]uint32
+	ips     map[network]int
+	subnets map[network]int
 }
 
-func newAddressLimits(o *Options) *addressLimits {
-	return &addressLimits{
-		perIP: uint32(o.ConnectionsPerIP), perSubnet: uint32(o.ConnectionsPerSubnet), exempt: o.ExemptNetworks,
-		ips: map[network]uint32{}, subnets: map[network]uint32{},
-	}
+func newAddressCounts() addressCounts {
+	return addressCounts{ips: map[network]int{}, subnets: map[network]int{}}
 }
 
 // take counts a connection from a. ok is false when there are too many; n is for give.
-func (l *addressLimits) take(a netip.Addr) (n network, ok bool) {
-	if l.perIP == 0 && l.perSubnet == 0 || !a.IsValid() || contains(l.exempt, a) {
+func (c *addressCounts) take(r *rules, a netip.Addr) (n network, ok bool) {
+	perIP, perSubnet := r.ConnectionsPerIP, r.ConnectionsPerSubnet
+	if perIP == 0 && perSubnet == 0 || !a.IsValid() || contains(r.ExemptNetworks, a) {
 		return 0, true
 	}
 	n = networkOf(a)
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.perIP > 0 && l.ips[n] >= l.perIP || l.perSubnet > 0 && l.subnets[n.subnet()] >= l.perSubnet {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if perIP > 0 && c.ips[n] >= perIP || perSubnet > 0 && c.subnets[n.subnet()] >= perSubnet {
 		return 0, false
 	}
-	if l.perIP > 0 {
-		l.ips[n]++
-	}
-	if l.perSubnet > 0 {
-		l.subnets[n.subnet()]++
-	}
+	c.ips[n]++
+	c.subnets[n.subnet()]++
 	return n, true
 }
 
 // give ends the count of a connection.
-func (l *addressLimits) give(n network) {
+func (c *addressCounts) give(n network) {
 	if n == 0 {
 		return
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	less(l.ips, n)
-	less(l.subnets, n.subnet())
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	less(c.ips, n)
+	less(c.subnets, n.subnet())
 }
 
-func less(counts map[network]uint32, n network) {
+func less(counts map[network]int, n network) {
 	if c := counts[n]; c > 1 {
 		counts[n] = c - 1
 	} else {
@@ -117,27 +109,18 @@ const burstSeconds = 2
 // rate is a bound on how often something happens, for any goroutine. The time at which the past
 // would be paid for is kept (GCRA, the leaky bucket as a meter).
 type rate struct {
-	cost time.Duration // of one; 0: no bound
-	paid atomic.Int64  // Unix ns
+	paid atomic.Int64 // Unix ns
 }
 
-func newRate(perSecond int) *rate {
-	r := &rate{}
-	if perSecond > 0 {
-		r.cost = time.Second / time.Duration(perSecond)
-	}
-	return r
-}
-
-// allow counts one more, unless there were too many. now is Unix ms.
-func (r *rate) allow(now int64) bool {
-	if r.cost == 0 {
+// allow counts one more at its cost, unless there were too many; 0: no bound. now is Unix ms.
+func (r *rate) allow(cost time.Duration, now int64) bool {
+	if cost == 0 {
 		return true
 	}
 	at := now * int64(time.Millisecond)
 	for {
 		paid := r.paid.Load()
-		next := max(paid, at) + int64(r.cost)
+		next := max(paid, at) + int64(cost)
 		if next-at > burstSeconds*int64(time.Second) {
 			return false
 		}
@@ -183,7 +166,7 @@ const (
 // spend charges the connection for messages with so many bytes. What is refused is charged as well,
 // so that who slows down is heard again and who does not goes too far.
 func (cn *conn) spend(messages float64, bytes int) verdict {
-	cost := cn.l.messages.cost(messages, bytes)
+	cost := cn.l.rules.messages.cost(messages, bytes)
 	if cost == 0 {
 		return withinRate
 	}
@@ -202,6 +185,6 @@ func (cn *conn) spend(messages float64, bytes int) verdict {
 
 // retryAfterMS is when a message with so many bytes that was refused, and charged, may be sent again.
 func (cn *conn) retryAfterMS(bytes int) int32 {
-	within := cn.paid + cn.l.messages.cost(1, bytes) - burstSeconds*int64(time.Second)
+	within := cn.paid + cn.l.rules.messages.cost(1, bytes) - burstSeconds*int64(time.Second)
 	return int32(max(1, within/int64(time.Millisecond)+1-cn.l.now))
 }

@@ -89,7 +89,7 @@ func TestAcceptSurvivesNoDescriptors(t *testing.T) {
 // TestDisplacedHeads: of more connections without a head than may be, the oldest are sent away, and who
 // has something to say gets through.
 func TestDisplacedHeads(t *testing.T) {
-	s, _ := start(t, func(o *Options) { o.HandshakesInFlight, o.Loops = 10, 1 })
+	s, _ := start(t, func(o *Options) { o.Settings.HandshakesInFlight, o.Loops = 10, 1 })
 	var slow []*client
 	for range 30 {
 		c := dial(t, s)
@@ -109,7 +109,7 @@ func TestDisplacedHeads(t *testing.T) {
 
 // TestAddressLimits: one address, and one subnet, get so many connections; what ends makes room.
 func TestAddressLimits(t *testing.T) {
-	s, _ := start(t, func(o *Options) { o.ConnectionsPerIP, o.ConnectionsPerSubnet = 3, 5 })
+	s, _ := start(t, func(o *Options) { o.Settings.ConnectionsPerIP, o.Settings.ConnectionsPerSubnet = 3, 5 })
 	from := func(ip string) (*client, int) {
 		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(ip)}}
 		nc, err := d.Dial("tcp4", net.JoinHostPort("127.0.0.1", portOf(t, s)))
@@ -180,13 +180,14 @@ func TestNetworks(t *testing.T) {
 			t.Errorf("%s and %s in one subnet: %t", c.a, c.b, got)
 		}
 	}
-	l := newAddressLimits(&Options{ConnectionsPerIP: 1, ConnectionsPerSubnet: 1, ExemptNetworks: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}})
+	limits := &rules{Settings: Settings{ConnectionsPerIP: 1, ConnectionsPerSubnet: 1, ExemptNetworks: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}}}
+	l := newAddressCounts()
 	for range 3 {
-		if n, ok := l.take(netip.MustParseAddr("::ffff:127.0.0.1")); n != 0 || !ok {
+		if n, ok := l.take(limits, netip.MustParseAddr("::ffff:127.0.0.1")); n != 0 || !ok {
 			t.Error("an exempt address was counted")
 		}
 	}
-	n, _ := l.take(netip.MustParseAddr("10.0.0.1"))
+	n, _ := l.take(limits, netip.MustParseAddr("10.0.0.1"))
 	l.give(n)
 	if len(l.ips)+len(l.subnets) != 0 {
 		t.Errorf("left behind: %v %v", l.ips, l.subnets)
@@ -196,7 +197,7 @@ func TestNetworks(t *testing.T) {
 // TestMessageRate: beyond its rate a connection's messages are refused under their names; who goes on
 // regardless is closed.
 func TestMessageRate(t *testing.T) {
-	s, sink := start(t, func(o *Options) { o.MessagesPerSecond = 10 })
+	s, sink := start(t, func(o *Options) { o.Settings.MessagesPerSecond = 10 })
 	c := connect(t, s, "u")
 	const sent = 30 // two seconds' worth, and half as many
 	for range sent {
@@ -233,7 +234,7 @@ func TestMessageRate(t *testing.T) {
 func TestRetryAfter(t *testing.T) {
 	for _, r := range []messageRate{newMessageRate(10, 0), newMessageRate(3, 1000), newMessageRate(0, 700)} {
 		for early := range int64(2) {
-			cn := &conn{l: &loop{now: 1_760_000_000_000, messages: r}}
+			cn := &conn{l: &loop{now: 1_760_000_000_000, rules: &rules{messages: r}}}
 			for cn.spend(1, 100) == withinRate {
 			}
 			cn.l.now += int64(cn.retryAfterMS(100)) - 2*early
@@ -246,7 +247,7 @@ func TestRetryAfter(t *testing.T) {
 
 // TestByteRate: large messages use the rate up sooner.
 func TestByteRate(t *testing.T) {
-	s, _ := start(t, func(o *Options) { o.BytesPerSecond = 50_000 })
+	s, _ := start(t, func(o *Options) { o.Settings.BytesPerSecond = 50_000 })
 	c := connect(t, s, "u")
 	big := text(`{"type":"send-message","message_id":"m","data":"` + strings.Repeat("x", 30_000) + `"}`)
 	for range 4 {
@@ -259,7 +260,7 @@ func TestByteRate(t *testing.T) {
 
 // TestPingFlood: pings beyond the rate are not answered, and too many close the connection.
 func TestPingFlood(t *testing.T) {
-	s, _ := start(t, func(o *Options) { o.MessagesPerSecond = 10 })
+	s, _ := start(t, func(o *Options) { o.Settings.MessagesPerSecond = 10 })
 	c := connect(t, s, "u")
 	c.send(strings.Repeat(frame(true, ws.OpPing, ""), 1000))
 	pongs := 0
@@ -281,7 +282,7 @@ func TestPingFlood(t *testing.T) {
 
 // TestFragments: a message comes in so many frames at most.
 func TestFragments(t *testing.T) {
-	s, _ := start(t, func(o *Options) { o.MaxFragments = 10 })
+	s, _ := start(t, func(o *Options) { o.Settings.MaxFragments = 10 })
 	c := connect(t, s, "u")
 	pieces := func(n int) string {
 		body := `{"type":"ping"}`
@@ -321,7 +322,7 @@ func TestUnfinishedMessages(t *testing.T) {
 		_ = c.Close()
 	}
 	t.Run("time", func(t *testing.T) {
-		s, sink := start(t, func(o *Options) { o.HeartbeatTimeout = 500 * time.Millisecond })
+		s, sink := start(t, func(o *Options) { o.Settings.HeartbeatTimeout = 500 * time.Millisecond })
 		good := connect(t, s, "good")
 		good.send(whole[:100])
 		good.send(whole[100:])
@@ -338,7 +339,7 @@ func TestUnfinishedMessages(t *testing.T) {
 
 // TestHandshakeRate: beyond the rate of upgrades the answer is 503 with Retry-After.
 func TestHandshakeRate(t *testing.T) {
-	s, _ := start(t, func(o *Options) { o.HandshakesPerSecond = 2 })
+	s, _ := start(t, func(o *Options) { o.Settings.HandshakesPerSecond = 2 })
 	for range 4 {
 		connect(t, s, "u")
 	}
@@ -377,7 +378,7 @@ func TestNotHTTP(t *testing.T) {
 
 // TestHTTPConnections: net/http gets so many connections.
 func TestHTTPConnections(t *testing.T) {
-	s, _ := start(t, func(o *Options) { o.MaxHTTPConnections = 2 })
+	s, _ := start(t, func(o *Options) { o.Settings.MaxHTTPConnections = 2 })
 	get := func() int {
 		c := dial(t, s)
 		c.send("GET /x HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -31,9 +31,10 @@ type loop struct {
 
 	builder  *codec.Builder
 	shards   []shardLink
-	flushDue bool  // a flush of this loop's own is on its way
-	flushing task  // that flush
-	now      int64 // Unix ms, at the start of the current piece of work
+	flushDue bool   // a flush of this loop's own is on its way
+	flushing task   // that flush
+	now      int64  // Unix ms, at the start of the current piece of work
+	rules    *rules // the newest at that time
 
 	scratch []byte // frames on their way to one connection
 	sealed  []byte // TLS records on their way to one connection
@@ -43,7 +44,6 @@ type loop struct {
 	touched []*conn
 	hs      handshakeIO
 
-	messages messageRate
 	deflater *deflater                  // nil: without compression
 	devices  map[codec.SessionID]string // ids of the devices of sessions that have named theirs
 
@@ -68,7 +68,7 @@ type task struct {
 
 // Run implements gnet.Runnable; on the loop.
 func (t *task) Run(context.Context) error {
-	t.l.now = time.Now().UnixMilli()
+	t.l.begin()
 	t.l.guard(nil, func() { t.f(t.l) })
 	return nil
 }
@@ -113,8 +113,7 @@ type deadline struct {
 }
 
 func newLoop(s *Server, index int) *loop {
-	l := &loop{s: s, index: index, devices: map[codec.SessionID]string{},
-		messages: newMessageRate(s.opts.MessagesPerSecond, s.opts.BytesPerSecond)}
+	l := &loop{s: s, index: index, devices: map[codec.SessionID]string{}, rules: s.rules.Load()}
 	l.flushing = task{l: l, f: (*loop).flush}
 	l.ticking.init(l, (*loop).tick)
 	l.resuming.init(l, (*loop).flush)
@@ -128,6 +127,12 @@ func newLoop(s *Server, index int) *loop {
 		l.shards[i].egress.l = l
 	}
 	return l
+}
+
+// begin begins a piece of work.
+func (l *loop) begin() {
+	l.now = time.Now().UnixMilli()
+	l.rules = l.s.rules.Load()
 }
 
 // trigger hands a task to the loop; false: the loops have ended, or this one has had no connection
@@ -178,12 +183,11 @@ func (l *loop) guard(cn *conn, f func()) {
 
 // open takes a new connection in.
 func (l *loop) open(c gnet.Conn, first connState, from network) {
-	l.now = time.Now().UnixMilli()
 	cn := &conn{c: c, l: l, state: first, lastRead: l.now, head: -1, aside: noAside, from: from, unfinished: true}
 	c.SetContext(cn)
 	l.heads = append(l.heads, deadline{cn, l.now + l.s.opts.HandshakeTimeout.Milliseconds()})
 	l.unfinished++
-	if bound := l.s.opts.HandshakesInFlight; bound > 0 && l.unfinished > max(1, bound/len(l.s.loops)) {
+	if bound := l.rules.HandshakesInFlight; bound > 0 && l.unfinished > max(1, bound/len(l.s.loops)) {
 		// The oldest has had the most time, and whoever means it needs little.
 		l.tickHeads(1)
 	}
@@ -194,7 +198,6 @@ func (l *loop) turnAway(c gnet.Conn, response string) gnet.Action {
 	if l.turnedAway >= courtesy {
 		return gnet.Close
 	}
-	l.now = time.Now().UnixMilli()
 	l.turnedAway++
 	cn := &conn{c: c, l: l, state: stateHead, lastRead: l.now, head: -1, aside: &aside{turnedAway: true}}
 	c.SetContext(cn)
@@ -212,7 +215,7 @@ func (cn *conn) finishHead() {
 
 // traffic handles what a connection has sent.
 func (l *loop) traffic(cn *conn) {
-	l.now = time.Now().UnixMilli()
+	l.begin()
 	cn.lastRead = l.now
 	l.guard(cn, func() { cn.read() })
 	cn.settle()
@@ -227,7 +230,7 @@ func (l *loop) closed(cn *conn) {
 	if cn.state == stateClosed {
 		return
 	}
-	l.now = time.Now().UnixMilli()
+	l.begin()
 	cn.state = stateClosed
 	cn.finishHead()
 	if cn.turnedAway {

@@ -100,7 +100,7 @@ func start(t testing.TB, change func(*Options)) (*Server, *fakeSink) {
 		t.Fatal(err)
 	}
 	o := Options{
-		Addr: "127.0.0.1:0", Loops: 2, GatewayID: "g", Nonce: 7, Sink: sink, Verifier: v,
+		Addr: "127.0.0.1:0", Loops: 2, GatewayID: "g", Nonce: 7, Sink: sink, Settings: Settings{Verifier: v},
 		API: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			body, _ := io.ReadAll(r.Body)
 			fmt.Fprintf(w, "%s %s %s", r.Method, r.URL.Path, body)

@@ -155,7 +155,7 @@ func (cn *conn) refuse(m *codec.ClientMessage, code codec.Code, text string, ret
 // refreshToken checks a new token for the session, off the loop where that is slow.
 func (cn *conn) refreshToken(token []byte) {
 	l := cn.l
-	if l.s.verify == nil {
+	if !l.rules.Verifier.Slow() {
 		cn.refreshed(l.s.identify(token))
 		return
 	}

@@ -79,7 +79,7 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 	}, func() float64 { return float64(s.bridged.Load()) }))
 	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "im_gateway_transport_connections_bound", Help: "Connections beyond which new ones are refused.",
-	}, func() float64 { return float64(s.opts.MaxConnections) }))
+	}, func() float64 { return float64(s.rules.Load().MaxConnections) }))
 	refused := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "im_gateway_transport_refused_total", Help: "Client messages refused by the event loops, by code.",
 	}, []string{"code"})

@@ -30,7 +30,7 @@ func viaProxy(client string) string {
 func TestProxyProtocol(t *testing.T) {
 	for _, secure := range []bool{false, true} {
 		s, _ := start(t, func(o *Options) {
-			o.TrustedProxies, o.ProxyProtocol, o.ConnectionsPerIP = loopback, true, 2
+			o.Settings.TrustedProxies, o.ProxyProtocol, o.Settings.ConnectionsPerIP = loopback, true, 2
 			if secure {
 				withTLS(o)
 			}
@@ -76,7 +76,7 @@ func TestProxyProtocol(t *testing.T) {
 // TestProxyHeaderOfStrangers: who is no trusted proxy has nothing to say of addresses.
 func TestProxyHeaderOfStrangers(t *testing.T) {
 	s, _ := start(t, func(o *Options) {
-		o.TrustedProxies, o.ProxyProtocol = TrustedNetworks{netip.MustParsePrefix("192.0.2.0/24")}, true
+		o.Settings.TrustedProxies, o.ProxyProtocol = TrustedNetworks{netip.MustParsePrefix("192.0.2.0/24")}, true
 	})
 	c := dial(t, s)
 	c.send(viaProxy("192.0.2.1:1"))
@@ -92,9 +92,9 @@ func TestForwardedFor(t *testing.T) {
 	for _, trusted := range []bool{true, false} {
 		seen := make(chan netip.Addr, 1)
 		s, _ := start(t, func(o *Options) {
-			o.ConnectionsPerIP = 2
+			o.Settings.ConnectionsPerIP = 2
 			if trusted {
-				o.TrustedProxies = loopback
+				o.Settings.TrustedProxies = loopback
 			}
 			o.API = http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { seen <- ClientIP(r) })
 		})

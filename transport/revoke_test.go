@@ -35,7 +35,7 @@ func TestRevocation(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		o.Verifier = v
+		o.Settings.Verifier = v
 	})
 	now := time.Now()
 	open := func(token string) (*client, int) {
@@ -104,7 +104,7 @@ func TestRevocationOfACheckedToken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := bareLoop(t, &dropSink{}, func(o *Options) { o.Verifier = v })
+	l := bareLoop(t, &dropSink{}, func(o *Options) { o.Settings.Verifier = v })
 	l.s.denials, l.now = d, time.Now().UnixMilli()
 	who, err := v.Verify([]byte(tokenWith(t, "a", "id-1", time.Now())))
 	if err != nil {
@@ -130,7 +130,7 @@ func TestRevocationOfMany(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		o.Verifier = v
+		o.Settings.Verifier = v
 	})
 	const n = 3*revokeStep + 7
 	for i := range n {

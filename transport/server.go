@@ -1,14 +1,12 @@
 package transport
 
 import (
-	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -41,43 +39,23 @@ type Options struct {
 	GatewayID string
 	Nonce     uint64 // of session names
 	Sink      Sink
-	Verifier  *Verifier
 	API       http.Handler // serves every request that is no upgrade of /ws
 
-	MaxMessageBytes  int           // of all fragments together; 64 KiB
+	Settings Settings // until others are applied
+
 	HeadBytes        int           // of an upgrade request; 8 KiB
 	HandshakeTimeout time.Duration // from accept to a whole head; 10 s
 	Heartbeat        time.Duration // between the shards' ping commands; 30 s
-	HeartbeatTimeout time.Duration // silence after which a connection is closed with 4001, and the most for one message; 75 s
-	EgressBudget     int           // bytes; beyond it and 64 KiB the loop itself closes with 4000; 1 MiB
-	MaxConnections   int           // 0, or more than RLIMIT_NOFILE allows with a head-room: that
-	MaxFragments     int           // frames of one message; 1024
 
-	MaxHTTPConnections int           // served by net/http at once; 8192
-	HTTPReadTimeout    time.Duration // of a request and its body; 15 s
-	HTTPWriteTimeout   time.Duration // of a request's handling and its answer; 30 s
-	HTTPIdleTimeout    time.Duration // between requests; 60 s
+	HTTPReadTimeout  time.Duration // of a request and its body; 15 s
+	HTTPWriteTimeout time.Duration // of a request's handling and its answer; 30 s
+	HTTPIdleTimeout  time.Duration // between requests; 60 s
 
-	// Limits by address, rates and the like; 0: none. The rates may be used two seconds ahead.
-	ExemptNetworks       []netip.Prefix // from the limits by address
-	ConnectionsPerIP     int            // IPv6: per /64
-	ConnectionsPerSubnet int            // IPv4: /24, IPv6: /48
-	HandshakesInFlight   int            // connections without a whole first head; beyond: the oldest goes
-	HandshakesPerSecond  int
-	MessagesPerSecond    int // of one connection
-	BytesPerSecond       int // of one connection; two seconds' worth must hold the largest message
-
-	AllowedOrigins   []string // of browsers, see Origins; empty: all
-	RefuseQueryToken bool     // a token in the query is not taken
-	Compression      Compression
-
-	TrustedProxies  TrustedNetworks // believed when they name another address as the client's
-	ForwardedHeader string          // by which they do: ForwardedForHeader, the default, or ForwardedHeader
-	ProxyProtocol   bool            // they begin each connection with a PROXY header, version 2
+	Compression   Compression
+	ProxyProtocol bool // trusted proxies begin each connection with a PROXY header, version 2
 
 	// Certificate gives the certificate of a TLS handshake; nil: the port takes no TLS.
-	Certificate      func(*tls.ClientHelloInfo) (*tls.Certificate, error)
-	MaxTLSHandshakes int // at once; 1024
+	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
 	// Echo serves every WebSocket connection as a plain echo, without tokens, shards or API.
 	Echo bool
 
@@ -104,15 +82,9 @@ const (
 
 func (o *Options) validate() error {
 	def(&o.Loops, runtime.NumCPU())
-	def(&o.MaxMessageBytes, 64<<10)
 	def(&o.HeadBytes, 8<<10)
 	def(&o.HandshakeTimeout, 10*time.Second)
 	def(&o.Heartbeat, 30*time.Second)
-	def(&o.HeartbeatTimeout, 75*time.Second)
-	def(&o.EgressBudget, 1<<20)
-	def(&o.MaxFragments, 1024)
-	def(&o.MaxTLSHandshakes, 1024)
-	def(&o.MaxHTTPConnections, 8192)
 	def(&o.HTTPReadTimeout, 15*time.Second)
 	def(&o.HTTPWriteTimeout, 30*time.Second)
 	def(&o.HTTPIdleTimeout, 60*time.Second)
@@ -123,30 +95,8 @@ func (o *Options) validate() error {
 		return fmt.Errorf("loops: %d, must be 1 to %d", o.Loops, codec.MaxLoops)
 	case o.Registerer == nil:
 		return errors.New("no registerer for the metrics")
-	case !o.Echo && (o.Sink == nil || o.Verifier == nil || o.API == nil):
-		return errors.New("a sink, a verifier and an API are needed")
-	}
-	return o.boundConnections()
-}
-
-// boundConnections keeps the connections, and a head-room for all else, within the process's limit
-// on open files: at that limit accept fails, and gnet ends with all its connections.
-func (o *Options) boundConnections() error {
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return fmt.Errorf("read the limit on open files: %w", err)
-	}
-	files := int(min(limit.Cur, 1<<24))
-	bound := files - fdHeadroom - courtesy
-	switch {
-	case bound < 1:
-		return errors.New("the limit on open files leaves no room for connections: raise ulimit -n")
-	case o.MaxConnections == 0:
-		o.MaxConnections = bound
-	case o.MaxConnections > bound:
-		o.Logger.Warn().Int("configured", o.MaxConnections).Int("possible", bound).Int("open_files", files).
-			Msg("the limit on open files allows fewer connections than configured: raise ulimit -n")
-		o.MaxConnections = bound
+	case !o.Echo && (o.Sink == nil || o.API == nil):
+		return errors.New("a sink and an API are needed")
 	}
 	return nil
 }
@@ -157,28 +107,27 @@ func def[T int | time.Duration](v *T, d T) {
 	}
 }
 
-// Server is the public port. Start, Shutdown, StopAccepting, Submit and Resume may be called from any
-// goroutine.
+// Server is the public port. Start, Shutdown, StopAccepting, SetPressure, Submit and Resume may be called
+// from any goroutine.
 type Server struct {
 	gnet.BuiltinEventEngine
 
 	// Immutable after Start.
-	opts    Options
+	opts    Options // but for its Settings, which rules hold
 	metrics *metrics
 	log     zerolog.Logger // sampled
-	origins Origins
-	perAddr *addressLimits
-	denials *Denials    // nil: none
-	tls     *tls.Config // nil: none
+	denials *Denials       // nil: none
+	tls     *tls.Config    // nil: none
+	loops   []*loop
+	addr    net.Addr
+	addrErr error
+	engine  gnet.Engine
+	http    *httpFront
+	verify  chan func() // slow token checks
 
-	forwarding forwarding
-	upgrade    *rate
-	loops      []*loop
-	addr       net.Addr
-	addrErr    error
-	engine     gnet.Engine
-	http       *httpFront
-	verify     chan func() // slow token checks; nil when the verifier is fast
+	rules    atomic.Pointer[rules]
+	perAddr  addressCounts
+	upgrades rate
 
 	register    sync.Mutex // of a loop at its first connection
 	connections atomic.Int64
@@ -205,18 +154,22 @@ func New(opts Options) (*Server, error) {
 		return nil, fmt.Errorf("transport options: %w", err)
 	}
 	s := &Server{
-		opts:       opts,
-		origins:    NewOrigins(opts.AllowedOrigins),
-		perAddr:    newAddressLimits(&opts),
-		forwarding: forwarding{trusted: opts.TrustedProxies, header: cmp.Or(opts.ForwardedHeader, ForwardedForHeader)},
-		upgrade:    newRate(opts.HandshakesPerSecond),
+		opts:    opts,
+		perAddr: newAddressCounts(),
+		verify:  make(chan func(), verifyQueue),
 		log: opts.Logger.Sample(&zerolog.BurstSampler{
 			Burst: 20, Period: time.Second, NextSampler: &zerolog.BasicSampler{N: 1000},
 		}),
 		booted: make(chan struct{}),
 		done:   make(chan struct{}),
 	}
-	var err error
+	r, err := newRules(opts.Settings, opts.Echo)
+	if err != nil {
+		return nil, fmt.Errorf("transport options: %w", err)
+	}
+	s.warn(opts.Settings.MaxConnections, r)
+	s.rules.Store(r)
+	s.opts.Settings = Settings{}
 	if s.metrics, err = newMetrics(s, opts.Registerer); err != nil {
 		return nil, err
 	}
@@ -233,11 +186,8 @@ func New(opts Options) (*Server, error) {
 		s.loops = append(s.loops, l)
 	}
 	if !opts.Echo {
-		s.denials = opts.Verifier.Denials()
+		s.denials = opts.Settings.Verifier.Denials()
 		s.http = newHTTPFront(s)
-		if opts.Verifier.Slow() {
-			s.verify = make(chan func(), verifyQueue)
-		}
 	}
 	return s, nil
 }
@@ -284,8 +234,6 @@ func (s *Server) Start(ctx context.Context) error {
 	s.children.Go(func() { s.tick(runCtx) })
 	if s.http != nil {
 		s.children.Go(s.http.serve)
-	}
-	if s.verify != nil {
 		for range max(1, runtime.NumCPU()/2) {
 			s.children.Go(func() { s.checkTokens(runCtx) })
 		}
@@ -518,14 +466,15 @@ func (s *Server) identify(token []byte) (who Identity, err error) {
 			who, err = Identity{}, ErrTokenRefused
 		}
 	}()
-	return s.opts.Verifier.Verify(token)
+	return s.rules.Load().Verifier.Verify(token)
 }
 
 // OnOpen implements gnet.EventHandler; on the connection's loop.
 func (s *Server) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 	n := int(s.connections.Add(1))
 	l := s.loopOf(c)
-	if !spare.ready() || n > s.opts.MaxConnections+courtesy {
+	l.begin()
+	if !spare.ready() || n > l.rules.MaxConnections+courtesy {
 		s.metrics.handshake.shed.Inc() // without a descriptor to spare, or too many to be polite
 		return nil, gnet.Close
 	}
@@ -533,12 +482,12 @@ func (s *Server) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 		s.metrics.pressed.connections.Inc()
 		return nil, l.turnAway(c, shedResponse)
 	}
-	if n > s.opts.MaxConnections || s.draining.Load() {
+	if n > l.rules.MaxConnections || s.draining.Load() {
 		s.metrics.handshake.shed.Inc()
 		return nil, l.turnAway(c, shedResponse)
 	}
 	peer := addrOf(c.RemoteAddr())
-	if s.forwarding.trusted.Contains(peer) { // its clients are counted, once they are named
+	if l.rules.forwarding.trusted.Contains(peer) { // its clients are counted, once they are named
 		first := s.first()
 		if s.opts.ProxyProtocol {
 			first = stateProxy
@@ -546,7 +495,7 @@ func (s *Server) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 		l.open(c, first, 0)
 		return nil, gnet.None
 	}
-	from, ok := s.perAddr.take(peer)
+	from, ok := s.perAddr.take(l.rules, peer)
 	if !ok {
 		s.metrics.handshake.crowded.Inc()
 		return nil, l.turnAway(c, crowdedResponse)

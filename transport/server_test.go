@@ -68,14 +68,14 @@ func TestOptions(t *testing.T) {
 		t.Fatal(err)
 	}
 	whole := func() Options {
-		return Options{Addr: ":0", Sink: &dropSink{}, Verifier: v, API: http.NotFoundHandler(), Registerer: prometheus.NewRegistry()}
+		return Options{Addr: ":0", Sink: &dropSink{}, Settings: Settings{Verifier: v}, API: http.NotFoundHandler(), Registerer: prometheus.NewRegistry()}
 	}
 	for name, change := range map[string]func(*Options){
 		"no address":    func(o *Options) { o.Addr = "" },
 		"too many":      func(o *Options) { o.Loops = codec.MaxLoops + 1 },
 		"no registerer": func(o *Options) { o.Registerer = nil },
 		"no sink":       func(o *Options) { o.Sink = nil },
-		"no verifier":   func(o *Options) { o.Verifier = nil },
+		"no verifier":   func(o *Options) { o.Settings.Verifier = nil },
 		"no API":        func(o *Options) { o.API = nil },
 	} {
 		o := whole()
@@ -85,7 +85,7 @@ func TestOptions(t *testing.T) {
 		}
 	}
 	o := whole()
-	o.MaxConnections = 1 << 30
+	o.Settings.MaxConnections = 1 << 30
 	s, err := New(o)
 	if err != nil {
 		t.Fatal(err)
@@ -94,8 +94,8 @@ func TestOptions(t *testing.T) {
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
 		t.Fatal(err)
 	}
-	if s.opts.MaxConnections >= int(limit.Cur)-255 {
-		t.Errorf("%d connections with %d files", s.opts.MaxConnections, limit.Cur)
+	if s.rules.Load().MaxConnections >= int(limit.Cur)-255 {
+		t.Errorf("%d connections with %d files", s.rules.Load().MaxConnections, limit.Cur)
 	}
 	if err := s.Shutdown(t.Context()); err != nil {
 		t.Errorf("Shutdown of what never started: %v", err)
@@ -152,7 +152,7 @@ func TestShutdownWaitsForCloseCodes(t *testing.T) {
 
 // TestNothingIsClaimedForALostConnection: what was buffered when the peer broke off was not delivered.
 func TestNothingIsClaimedForALostConnection(t *testing.T) {
-	s, sink := start(t, func(o *Options) { o.EgressBudget = 64 << 20 })
+	s, sink := start(t, func(o *Options) { o.Settings.EgressBudget = 64 << 20 })
 	c := connect(t, s, "slow")
 	id := sink.next(t, codec.EventOpen).Session
 	payload := strings.Repeat("x", 60_000)
@@ -255,7 +255,7 @@ func TestChurn(t *testing.T) {
 
 // TestShedding: beyond the bound clients are told so, though they have sent something already.
 func TestShedding(t *testing.T) {
-	s, _ := start(t, func(o *Options) { o.MaxConnections = 1 })
+	s, _ := start(t, func(o *Options) { o.Settings.MaxConnections = 1 })
 	connect(t, s, "a")
 	for range 30 {
 		c := dial(t, s)

@@ -35,7 +35,7 @@ func (h *upgradeHead) checkStream() (refusal string) {
 func (cn *conn) startStream(head []byte, inBuffer int, w wish, who Identity, err error) {
 	l := cn.l
 	out := append(l.scratch[:0], streamHead...)
-	if from := l.s.corsOrigin(originOf(head)); from != "" {
+	if from := l.rules.corsOrigin(originOf(head)); from != "" {
 		out = append(append(append(out, allowOrigin+": "...), from...), "\r\nVary: Origin\r\n"...)
 	}
 	out = append(out, lineEnd...)
@@ -61,7 +61,7 @@ func (cn *conn) startStream(head []byte, inBuffer int, w wish, who Identity, err
 	if cn.state != stateOpen {
 		return
 	}
-	if terr := setUserTimeout(cn.c.Fd(), l.s.opts.HeartbeatTimeout); terr != nil {
+	if terr := setUserTimeout(cn.c.Fd(), l.rules.HeartbeatTimeout); terr != nil {
 		l.s.log.Debug().Err(terr).Msg("a dead peer of an event stream may be noticed late")
 	}
 	cn.keep(who)
@@ -75,8 +75,8 @@ const allowOrigin = "Access-Control-Allow-Origin"
 
 // corsOrigin is the origin whose pages a browser lets read the answer to a page of an allowed one; "": it
 // was no page of another origin that asked.
-func (s *Server) corsOrigin(origin []byte) string {
-	if len(origin) > 0 && (len(s.opts.AllowedOrigins) == 0 || s.origins.All()) {
+func (r *rules) corsOrigin(origin []byte) string {
+	if len(origin) > 0 && (len(r.AllowedOrigins) == 0 || r.origins.All()) {
 		return "*"
 	}
 	return string(origin)
@@ -128,7 +128,7 @@ func (cn *conn) ping(dst []byte) (_ []byte, late bool) {
 	if cn.protocol == codec.SSE {
 		return append(dst, codec.SSEHeartbeat...), false
 	}
-	if l.now-cn.lastRead > l.s.opts.HeartbeatTimeout.Milliseconds() {
+	if l.now-cn.lastRead > l.rules.HeartbeatTimeout.Milliseconds() {
 		return dst, true
 	}
 	l.suspect(cn)
@@ -144,8 +144,9 @@ func (f *httpFront) serveStream(w http.ResponseWriter, r *http.Request) {
 	}
 	h := w.Header()
 	origin := []byte(r.Header.Get("Origin"))
-	allowed := f.s.allowsOrigin(origin, []byte(r.Host))
-	if from := f.s.corsOrigin(origin); allowed && from != "" {
+	rules := f.s.rules.Load()
+	allowed := rules.allowsOrigin(origin, []byte(r.Host))
+	if from := rules.corsOrigin(origin); allowed && from != "" {
 		h.Set(allowOrigin, from)
 		h.Set("Vary", "Origin")
 	}
@@ -165,7 +166,7 @@ func (f *httpFront) serveStream(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case !allowed:
 			refuseHTTP(w, http.StatusForbidden, string(codec.AuthFailed), "")
-		case err != nil || u.inQuery && f.s.opts.RefuseQueryToken:
+		case err != nil || u.inQuery && rules.RefuseQueryToken:
 			h.Set("WWW-Authenticate", "Bearer")
 			refuseHTTP(w, http.StatusUnauthorized, string(codec.AuthFailed), "")
 		default:

@@ -77,8 +77,8 @@ func closeEvent(code codec.CloseCode, reason string) string {
 
 // TestStreamAnswers: requests for a stream and what they are answered with, whole and byte by byte.
 func TestStreamAnswers(t *testing.T) {
-	s, sink := start(t, func(o *Options) { o.AllowedOrigins = []string{"https://good.example"} })
-	strict, _ := start(t, func(o *Options) { o.RefuseQueryToken = true })
+	s, sink := start(t, func(o *Options) { o.Settings.AllowedOrigins = []string{"https://good.example"} })
+	strict, _ := start(t, func(o *Options) { o.Settings.RefuseQueryToken = true })
 	good := token(t, "alice", time.Hour)
 	auth := "Authorization: Bearer " + good + "\r\n\r\n"
 	const refused = `"code":"AUTH_FAILED"`
@@ -312,7 +312,7 @@ func TestStreamMayBeSilent(t *testing.T) {
 
 // TestStreamIsNotListenedTo: what the client sends is dropped, up to a rate.
 func TestStreamIsNotListenedTo(t *testing.T) {
-	s, sink := start(t, func(o *Options) { o.Loops, o.BytesPerSecond = 1, 1<<20 })
+	s, sink := start(t, func(o *Options) { o.Loops, o.Settings.BytesPerSecond = 1, 1<<20 })
 	c := stream(t, s, "talker")
 	id := sink.next(t, codec.EventOpen).Session
 	const most = 1 << 20
@@ -388,7 +388,7 @@ func TestStreamBehindRequests(t *testing.T) {
 // in 4000.
 func TestStreamSlowReader(t *testing.T) {
 	payload := "data: " + strings.Repeat("x", 60_000) + "\n\n"
-	s, sink := start(t, func(o *Options) { o.EgressBudget = 32 << 20 })
+	s, sink := start(t, func(o *Options) { o.Settings.EgressBudget = 32 << 20 })
 	c := stream(t, s, "slow")
 	id := sink.next(t, codec.EventOpen).Session
 	var position uint64
@@ -411,7 +411,7 @@ func TestStreamSlowReader(t *testing.T) {
 			break
 		}
 	}
-	s, sink = start(t, func(o *Options) { o.EgressBudget = 1 << 20 })
+	s, sink = start(t, func(o *Options) { o.Settings.EgressBudget = 1 << 20 })
 	stream(t, s, "slow")
 	id = sink.next(t, codec.EventOpen).Session
 	for range 400 {
@@ -444,11 +444,11 @@ func TestStreamLimits(t *testing.T) {
 		status int
 		result func(*metrics) float64
 	}{
-		{"of an address", func(o *Options) { o.ConnectionsPerIP = 1 }, nil, "", 1, 429, func(m *metrics) float64 { return testutil.ToFloat64(m.handshake.crowded) }},
-		{"of a forwarded address", func(o *Options) { o.ConnectionsPerIP, o.TrustedProxies = 1, loopback }, nil, "X-Forwarded-For: 192.0.2.1\r\n", 1, 429,
+		{"of an address", func(o *Options) { o.Settings.ConnectionsPerIP = 1 }, nil, "", 1, 429, func(m *metrics) float64 { return testutil.ToFloat64(m.handshake.crowded) }},
+		{"of a forwarded address", func(o *Options) { o.Settings.ConnectionsPerIP, o.Settings.TrustedProxies = 1, loopback }, nil, "X-Forwarded-For: 192.0.2.1\r\n", 1, 429,
 			func(m *metrics) float64 { return testutil.ToFloat64(m.handshake.crowded) }},
-		{"in a second", func(o *Options) { o.HandshakesPerSecond = 1 }, func(s *Server) { s.upgrade.paid.Store(1 << 62) }, "", 0, 503, func(m *metrics) float64 { return testutil.ToFloat64(m.handshake.rate) }},
-		{"of the node", func(o *Options) { o.MaxConnections = 1 }, nil, "", 1, 503, func(m *metrics) float64 { return testutil.ToFloat64(m.handshake.shed) }},
+		{"in a second", func(o *Options) { o.Settings.HandshakesPerSecond = 1 }, func(s *Server) { s.upgrades.paid.Store(1 << 62) }, "", 0, 503, func(m *metrics) float64 { return testutil.ToFloat64(m.handshake.rate) }},
+		{"of the node", func(o *Options) { o.Settings.MaxConnections = 1 }, nil, "", 1, 503, func(m *metrics) float64 { return testutil.ToFloat64(m.handshake.shed) }},
 		{"draining", nil, (*Server).StopAccepting, "", 0, 503, func(m *metrics) float64 { return testutil.ToFloat64(m.handshake.shed) }},
 		{"memory", nil, func(s *Server) { s.SetPressure(true) }, "", 0, 503, func(m *metrics) float64 { return testutil.ToFloat64(m.pressed.connections) }},
 	} {
@@ -487,7 +487,7 @@ func TestStreamSlowVerifier(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, sink := start(t, func(o *Options) { o.Verifier, o.AllowedOrigins = v, []string{"https://a.example"} })
+	s, sink := start(t, func(o *Options) { o.Settings.Verifier, o.Settings.AllowedOrigins = v, []string{"https://a.example"} })
 	sign := func(ttl time.Duration) string {
 		tok, err := jwt.NewBuilder().Subject("carol").JwtID("t-1").Expiration(time.Now().Add(ttl)).Build()
 		if err != nil {
@@ -520,7 +520,7 @@ func TestStreamSlowVerifier(t *testing.T) {
 
 // TestPost: what comes by HTTP for a session is done as if it had come on its connection.
 func TestPost(t *testing.T) {
-	s, sink := start(t, func(o *Options) { o.Loops, o.MessagesPerSecond = 1, 100 })
+	s, sink := start(t, func(o *Options) { o.Loops, o.Settings.MessagesPerSecond = 1, 100 })
 	c := dial(t, s)
 	c.send("GET /sse?device_id=d1 HTTP/1.1\r\n", streamLines, "Authorization: Bearer ", token(t, "alice", time.Hour), "\r\n\r\n")
 	c.opened()

@@ -115,7 +115,7 @@ func (cn *conn) startTLS() {
 		return
 	}
 	// The oldest has had the most time. Its goroutine ends in a moment; many that have not are too many.
-	most := l.s.opts.MaxTLSHandshakes
+	most := l.rules.MaxTLSHandshakes
 	if n := int(l.s.shaking.Load()); n >= 2*most || n >= most && !l.displaceTLS() {
 		l.s.metrics.tlsHandshakes.shed.Inc()
 		cn.cut()

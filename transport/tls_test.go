@@ -192,7 +192,7 @@ func TestTLSRefuses(t *testing.T) {
 func TestTLSHandshakesAreBounded(t *testing.T) {
 	s, _ := start(t, func(o *Options) {
 		withTLS(o)
-		o.Loops, o.MaxTLSHandshakes, o.HandshakeTimeout = 1, 3, time.Second
+		o.Loops, o.Settings.MaxTLSHandshakes, o.HandshakeTimeout = 1, 3, time.Second
 	})
 	hello := &capture{}
 	_ = tls.Client(hello, clientTLS()).Handshake()

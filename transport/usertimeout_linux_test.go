@@ -32,7 +32,7 @@ func deafen(t *testing.T, c net.Conn) {
 // TestStreamOfDeadPeer: a peer that acknowledges nothing any more is given up, though it has closed nothing
 // and nothing was expected of it; one that is only quiet lives on.
 func TestStreamOfDeadPeer(t *testing.T) {
-	s, sink := start(t, func(o *Options) { o.Loops, o.HeartbeatTimeout = 1, 500*time.Millisecond })
+	s, sink := start(t, func(o *Options) { o.Loops, o.Settings.HeartbeatTimeout = 1, 500*time.Millisecond })
 	quiet := stream(t, s, "quiet")
 	quietID := sink.next(t, codec.EventOpen).Session
 	dead := stream(t, s, "dead")

@@ -94,7 +94,7 @@ func newDriver(o Options) (*driver, error) {
 	d.set, err = shard.New(shard.Options{
 		Shards: o.Shards, Loops: o.Loops, GatewayID: "bench", Nonce: 1, Topic: "im-upstream-topic",
 		Heartbeat: o.Heartbeat, RefreshInterval: o.Heartbeat, AckDeadline: 10 * time.Second,
-		ClaimTimeout: patience, EgressBudget: 1 << 20, MaxMessageBytes: 1 << 16,
+		ClaimTimeout: patience, Settings: shard.Settings{EgressBudget: 1 << 20, MaxMessageBytes: 1 << 16},
 		Egress: loops{d}, Publisher: broker{d}, Presence: redis{d}, Events: d,
 		Replaced: func(string, string, string) {},
 		Logger:   zerolog.Nop(), Registerer: d.registry,

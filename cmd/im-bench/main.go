@@ -144,8 +144,8 @@ func echo(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	}
 	log := zerolog.New(stderr).Level(zerolog.WarnLevel).With().Timestamp().Logger()
 	opts := transport.Options{
-		Addr: *addr, Loops: *loops, Echo: true, MaxMessageBytes: *maxMessage, MaxFragments: 1 << 20,
-		EgressBudget: 64 << 20, Logger: log, Registerer: prometheus.NewRegistry(),
+		Addr: *addr, Loops: *loops, Echo: true, Logger: log, Registerer: prometheus.NewRegistry(),
+		Settings:    transport.Settings{MaxMessageBytes: *maxMessage, MaxFragments: 1 << 20, EgressBudget: 64 << 20},
 		Compression: transport.Compression{Enabled: *compression, Level: 1},
 	}
 	scheme := "ws"
