@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -48,31 +49,50 @@ type Published struct {
 
 // APIOptions configure the HTTP API.
 type APIOptions struct {
-	Auth         logicpb.AuthServiceClient
-	AuthDeadline time.Duration
+	Settings APISettings // until others are applied
+
+	Auth logicpb.AuthServiceClient
 	// Authenticate returns the caller whose token the request carries. Its error wraps ErrTokenExpired
 	// when that is the reason; its text is shown to the caller.
 	Authenticate    func(*http.Request) (Caller, error)
 	Publisher       Publisher
 	PublishDeadline time.Duration // longer than the upstream path's own
 	UpstreamTopic   string
+	Logger          zerolog.Logger
+	Registerer      prometheus.Registerer
+}
+
+// APISettings are the options that may change while the API serves, see API.Prepare.
+type APISettings struct {
+	AuthDeadline    time.Duration
 	MaxMessageBytes int // bodies are also bounded by MaxBodyBytes
 	MaxBodyBytes    int // of any request
 	MaxRequests     int // served at once
 	Logins          LoginLimits
 	Origins         []string
-	Logger          zerolog.Logger
-	Registerer      prometheus.Registerer
+}
+
+// apiRules are settings in force, with what follows from them; never written to.
+type apiRules struct {
+	APISettings
+	origins transport.Origins
+}
+
+func newAPIRules(s APISettings) (*apiRules, error) {
+	if s.MaxRequests < 1 || s.MaxBodyBytes < 1 {
+		return nil, fmt.Errorf("HTTP API: %d requests at once, bodies of %d bytes", s.MaxRequests, s.MaxBodyBytes)
+	}
+	return &apiRules{s, transport.NewOrigins(s.Origins)}, nil
 }
 
 // API is the HTTP API of the public port. It is safe for concurrent use; each request runs on the
 // goroutine of its connection.
 type API struct {
-	o        APIOptions
+	o        APIOptions        // but for its Settings, which rules hold
 	routes   map[string]*route // by path
 	other    *route            // what unknown paths are counted as
-	origins  transport.Origins
-	slots    chan struct{} // one element per request being served
+	rules    atomic.Pointer[apiRules]
+	serving  atomic.Int64 // requests that count against MaxRequests
 	refused  prometheus.Counter
 	tooLarge prometheus.Counter // bodies
 	logins   *logins
@@ -93,6 +113,7 @@ type route struct {
 // call is one request under way.
 type call struct {
 	api   *API
+	rules *apiRules // as they were when it came
 	route *route
 	w     http.ResponseWriter
 	r     *http.Request
@@ -107,14 +128,14 @@ func NewAPI(o APIOptions) (*API, error) {
 	if o.Auth == nil || o.Authenticate == nil || o.Publisher == nil {
 		return nil, errors.New("HTTP API: a part is missing")
 	}
-	if o.MaxRequests < 1 || o.MaxBodyBytes < 1 {
-		return nil, fmt.Errorf("HTTP API: %d requests at once, bodies of %d bytes", o.MaxRequests, o.MaxBodyBytes)
+	r, err := newAPIRules(o.Settings)
+	if err != nil {
+		return nil, err
 	}
+	o.Settings = APISettings{}
 	a := &API{
-		o:       o,
-		routes:  map[string]*route{},
-		origins: transport.NewOrigins(o.Origins),
-		slots:   make(chan struct{}, o.MaxRequests),
+		o:      o,
+		routes: map[string]*route{},
 		trouble: o.Logger.Sample(&zerolog.BurstSampler{
 			Burst: 10, Period: time.Second, NextSampler: &zerolog.BasicSampler{N: 1000},
 		}),
@@ -141,10 +162,10 @@ func NewAPI(o APIOptions) (*API, error) {
 			return nil, fmt.Errorf("register the HTTP API's metrics: %w", err)
 		}
 	}
-	var err error
-	if a.logins, err = newLogins(o.Logins, o.Registerer); err != nil {
+	if a.logins, err = newLogins(r.Logins, o.Registerer); err != nil {
 		return nil, err
 	}
+	a.rules.Store(r)
 	add := func(rt *route) *route {
 		rt.seconds = seconds.WithLabelValues(rt.path)
 		for class := 1; class < len(rt.counts); class++ {
@@ -157,6 +178,19 @@ func NewAPI(o APIOptions) (*API, error) {
 	}
 	a.other = add(&route{path: "other", serve: notFound})
 	return a, nil
+}
+
+// Prepare checks settings and returns what puts them in force, for requests that come from then on. apply
+// cannot fail; settings are prepared and applied by one goroutine at a time, which may be any.
+func (a *API) Prepare(next APISettings) (apply func(), err error) {
+	r, err := newAPIRules(next)
+	if err != nil {
+		return nil, err
+	}
+	return func() {
+		a.logins.set(next.Logins)
+		a.rules.Store(r)
+	}, nil
 }
 
 // table lists every route.
@@ -175,7 +209,7 @@ func (a *API) table() []*route {
 // ServeHTTP implements http.Handler.
 func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	started := time.Now()
-	c := &call{api: a, w: w, r: r, id: requestID(r)}
+	c := &call{api: a, rules: a.rules.Load(), w: w, r: r, id: requestID(r)}
 	c.route = a.routes[r.URL.Path]
 	if c.route == nil {
 		c.route = a.other
@@ -208,15 +242,14 @@ func (c *call) dispatch() {
 		c.route.serve(c)
 		return
 	}
-	select {
-	case c.api.slots <- struct{}{}:
-		defer func() { <-c.api.slots }()
-		c.route.serve(c)
-	default:
+	defer c.api.serving.Add(-1)
+	if c.api.serving.Add(1) > int64(c.rules.MaxRequests) {
 		c.api.refused.Inc()
 		c.retryAfter(0)
 		c.fail(http.StatusServiceUnavailable, string(codec.Overloaded), "too many requests are being served")
+		return
 	}
+	c.route.serve(c)
 }
 
 // finish recovers from a panic in a handler, counts and logs.
@@ -256,16 +289,16 @@ func allow(methods []string) string { return strings.Join(methods, ", ") + ", OP
 // cors sets what browsers need to let a page of a configured origin read the answer.
 func (c *call) cors() {
 	h := c.w.Header()
-	if !c.api.origins.All() {
+	if !c.rules.origins.All() {
 		h.Add("Vary", "Origin")
 	}
 	origin := c.r.Header.Get("Origin")
 	switch {
 	case origin == "":
 		return
-	case c.api.origins.All():
+	case c.rules.origins.All():
 		h.Set("Access-Control-Allow-Origin", "*")
-	case c.api.origins.Has(origin):
+	case c.rules.origins.Has(origin):
 		h.Set("Access-Control-Allow-Origin", origin)
 	default:
 		return

@@ -41,7 +41,7 @@ func authRoute[M any, Request interface {
 		if limited && !c.admitAddress() {
 			return
 		}
-		body, ok := c.body(c.api.o.MaxBodyBytes, "BODY_TOO_LARGE")
+		body, ok := c.body(c.rules.MaxBodyBytes, "BODY_TOO_LARGE")
 		if !ok {
 			return
 		}
@@ -53,7 +53,7 @@ func authRoute[M any, Request interface {
 		if limited && !c.admitName(request) {
 			return
 		}
-		ctx, cancel := context.WithTimeout(c.r.Context(), c.api.o.AuthDeadline)
+		ctx, cancel := context.WithTimeout(c.r.Context(), c.rules.AuthDeadline)
 		defer cancel()
 		answer, err := method(metadata.AppendToOutgoingContext(ctx, "x-request-id", c.id), request)
 		if err != nil {

@@ -39,7 +39,7 @@ func publish(c *call) {
 		c.fail(http.StatusBadRequest, string(codec.InvalidMessage), "device_id must be at most 128 bytes without control characters")
 		return
 	}
-	body, ok := c.body(min(c.api.o.MaxBodyBytes, c.api.o.MaxMessageBytes), string(codec.MessageTooLarge))
+	body, ok := c.body(min(c.rules.MaxBodyBytes, c.rules.MaxMessageBytes), string(codec.MessageTooLarge))
 	if !ok {
 		return
 	}

@@ -118,8 +118,10 @@ func (f publisherFunc) Publish(ctx context.Context, from Caller, frame []byte) (
 func testAPI(t *testing.T, auth *fakeAuth, change func(*APIOptions)) *API {
 	t.Helper()
 	o := APIOptions{
-		Auth:         logicpb.NewAuthServiceClient(logicConn(t, auth)),
-		AuthDeadline: 5 * time.Second,
+		Settings: APISettings{
+			AuthDeadline: 5 * time.Second, MaxMessageBytes: 1 << 20, MaxBodyBytes: DefaultMaxBodyBytes, MaxRequests: 16,
+		},
+		Auth: logicpb.NewAuthServiceClient(logicConn(t, auth)),
 		Authenticate: func(r *http.Request) (Caller, error) {
 			switch r.Header.Get("Authorization") {
 			case "Bearer good":
@@ -134,9 +136,6 @@ func testAPI(t *testing.T, auth *fakeAuth, change func(*APIOptions)) *API {
 		}),
 		PublishDeadline: 5 * time.Second,
 		UpstreamTopic:   "up",
-		MaxMessageBytes: 1 << 20,
-		MaxBodyBytes:    DefaultMaxBodyBytes,
-		MaxRequests:     16,
 		Logger:          zerolog.Nop(),
 		Registerer:      prometheus.NewRegistry(),
 	}
@@ -270,7 +269,7 @@ func TestAPILogicSlow(t *testing.T) {
 		<-ctx.Done()
 		return nil, status.FromContextError(ctx.Err()).Err()
 	}}
-	a := testAPI(t, auth, func(o *APIOptions) { o.AuthDeadline = 20 * time.Millisecond })
+	a := testAPI(t, auth, func(o *APIOptions) { o.Settings.AuthDeadline = 20 * time.Millisecond })
 	w := do(a, "POST", "/api/auth/login", `{"username":"a","password":"p"}`)
 	if w.Code != 504 || !strings.Contains(w.Body.String(), "DEADLINE_EXCEEDED") {
 		t.Errorf("%d %s, want 504", w.Code, w.Body)
@@ -310,8 +309,8 @@ func TestAPIMethods(t *testing.T) {
 
 func TestAPICORS(t *testing.T) {
 	const origin = "https://chat.example"
-	one := testAPI(t, &fakeAuth{}, func(o *APIOptions) { o.Origins = []string{origin} })
-	every := testAPI(t, &fakeAuth{}, func(o *APIOptions) { o.Origins = []string{"*"} })
+	one := testAPI(t, &fakeAuth{}, func(o *APIOptions) { o.Settings.Origins = []string{origin} })
+	every := testAPI(t, &fakeAuth{}, func(o *APIOptions) { o.Settings.Origins = []string{"*"} })
 	none := testAPI(t, &fakeAuth{}, nil)
 	for _, tc := range []struct {
 		name    string
@@ -402,7 +401,7 @@ func TestAPIRequestLimit(t *testing.T) {
 		<-leave
 		return tokens("a"), nil
 	}}
-	a := testAPI(t, auth, func(o *APIOptions) { o.MaxRequests = 1 })
+	a := testAPI(t, auth, func(o *APIOptions) { o.Settings.MaxRequests = 1 })
 	first := make(chan int)
 	go func() { first <- do(a, "POST", "/api/auth/login", `{"username":"a","password":"p"}`).Code }()
 	<-entered
@@ -460,8 +459,65 @@ func TestAPIPanic(t *testing.T) {
 	if w.Code != 500 || strings.Contains(w.Body.String(), "boom") {
 		t.Errorf("%d %s", w.Code, w.Body)
 	}
-	if len(a.slots) != 0 {
-		t.Error("the slot of the request was lost")
+	if n := a.serving.Load(); n != 0 {
+		t.Errorf("%d requests count as being served", n)
+	}
+}
+
+// TestAPISettings: limits and origins change for the requests that come next, while others are served.
+func TestAPISettings(t *testing.T) {
+	hold, held := make(chan struct{}), make(chan struct{}, 2)
+	a := testAPI(t, &fakeAuth{}, func(o *APIOptions) {
+		o.Settings.MaxRequests = 1
+		o.Publisher = publisherFunc(func(context.Context, string, []byte) (Published, error) {
+			held <- struct{}{}
+			<-hold
+			return Published{}, nil
+		})
+	})
+	alter := func(change func(*APISettings)) {
+		t.Helper()
+		next := a.rules.Load().APISettings
+		change(&next)
+		apply, err := a.Prepare(next)
+		if err != nil {
+			t.Fatal(err)
+		}
+		apply()
+	}
+	post := func() int { return do(a, "POST", "/api/messages", "{}", "Authorization: Bearer good").Code }
+	codes := make(chan int, 2)
+	go func() { codes <- post() }()
+	<-held
+	if code := post(); code != 503 {
+		t.Errorf("beyond the bound: %d", code)
+	}
+	alter(func(n *APISettings) { n.MaxRequests = 2 })
+	go func() { codes <- post() }()
+	<-held
+	alter(func(n *APISettings) { n.MaxRequests, n.MaxBodyBytes = 1, 10 })
+	if code := post(); code != 503 {
+		t.Errorf("beyond the bound again: %d", code)
+	}
+	close(hold)
+	for range 2 {
+		if code := <-codes; code != 200 {
+			t.Errorf("a request under way was answered %d", code)
+		}
+	}
+	if code := do(a, "POST", "/api/auth/guest", `{"guestName":"carl"}`).Code; code != 413 {
+		t.Errorf("a body of 20 bytes: %d", code)
+	}
+	for _, origins := range [][]string{nil, {"https://a.example"}, {"https://b.example"}, {"*"}} {
+		alter(func(n *APISettings) { n.Origins = origins })
+		got := do(a, "GET", "/healthz", "", "Origin: https://a.example").Header().Get("Access-Control-Allow-Origin")
+		want := map[string]string{"https://a.example": "https://a.example", "*": "*"}[strings.Join(origins, "")]
+		if got != want {
+			t.Errorf("origins %v: %q, want %q", origins, got, want)
+		}
+	}
+	if _, err := a.Prepare(APISettings{MaxRequests: 0, MaxBodyBytes: 1}); err == nil {
+		t.Error("no requests at all were taken as a setting")
 	}
 }
 
@@ -548,7 +604,7 @@ func TestOpenAPI(t *testing.T) {
 }
 
 func TestBodyLimit(t *testing.T) {
-	a := testAPI(t, &fakeAuth{}, func(o *APIOptions) { o.MaxBodyBytes = 100 })
+	a := testAPI(t, &fakeAuth{}, func(o *APIOptions) { o.Settings.MaxBodyBytes = 100 })
 	body := func(n int) string {
 		return `{"username":"al","password":"right","x":"` + strings.Repeat("x", n-43) + `"}`
 	}

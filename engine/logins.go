@@ -54,14 +54,20 @@ func newLogins(o LoginLimits, reg prometheus.Registerer) (*logins, error) {
 	return &logins{perIP: table("ip", o.PerIP), perName: table("name", o.PerName)}, nil
 }
 
+// set changes the limits, also for those who have tried already.
+func (l *logins) set(o LoginLimits) {
+	l.perIP.set(o.PerIP)
+	l.perName.set(o.PerName)
+}
+
 // attempts is a token bucket for each of a bounded number of keys. It is safe for concurrent use.
 type attempts struct {
-	perMinute          int
 	seed               maphash.Seed
 	refused, forgotten prometheus.Counter
 
-	mu      sync.Mutex
-	buckets *simplelru.LRU[uint64, *rate.Limiter] // by the key's hash: keys may be long, and are secret to no one
+	mu        sync.Mutex
+	perMinute int
+	buckets   *simplelru.LRU[uint64, *rate.Limiter] // by the key's hash: keys may be long, and are secret to no one
 }
 
 func newAttempts(perMinute, keys int, refused, forgotten prometheus.Counter) *attempts {
@@ -72,14 +78,32 @@ func newAttempts(perMinute, keys int, refused, forgotten prometheus.Counter) *at
 	return &attempts{perMinute: perMinute, seed: maphash.MakeSeed(), refused: refused, forgotten: forgotten, buckets: buckets}
 }
 
+// set changes the limit. Who has attempts left keeps as many of them as the new one allows.
+func (a *attempts) set(perMinute int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.perMinute == perMinute {
+		return
+	}
+	if a.perMinute = perMinute; perMinute == 0 {
+		a.buckets.Purge()
+		return
+	}
+	now := time.Now()
+	for _, b := range a.buckets.Values() {
+		b.SetLimitAt(now, rate.Limit(perMinute)/60)
+		b.SetBurstAt(now, perMinute)
+	}
+}
+
 // take counts an attempt. When there were too many it returns how long to wait for the next.
 func (a *attempts) take(key string, now time.Time) (wait time.Duration, ok bool) {
-	if a.perMinute == 0 {
-		return 0, true
-	}
 	hash := maphash.String(a.seed, key)
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if a.perMinute == 0 {
+		return 0, true
+	}
 	bucket, found := a.buckets.Get(hash)
 	if !found {
 		bucket = rate.NewLimiter(rate.Limit(a.perMinute)/60, a.perMinute)

@@ -24,7 +24,7 @@ func attempt(a *API, path, from, body string) *httptest.ResponseRecorder {
 
 func TestLoginLimits(t *testing.T) {
 	auth := &fakeAuth{calls: make(chan string, 64)}
-	a := testAPI(t, auth, func(o *APIOptions) { o.Logins = LoginLimits{PerIP: 3, PerName: 2} })
+	a := testAPI(t, auth, func(o *APIOptions) { o.Settings.Logins = LoginLimits{PerIP: 3, PerName: 2} })
 	login := func(from, name string) int {
 		return attempt(a, "login", from, fmt.Sprintf(`{"username":%q,"password":"wrong"}`, name)).Code
 	}
@@ -113,6 +113,43 @@ func TestAttemptsRefill(t *testing.T) {
 	for range 1000 {
 		if _, ok := off.take("k", now); !ok {
 			t.Fatal("refused without a limit")
+		}
+	}
+}
+
+func TestAttemptsLimitChanges(t *testing.T) {
+	a := newAttempts(10, 4, prometheus.NewCounter(prometheus.CounterOpts{Name: "r"}), prometheus.NewCounter(prometheus.CounterOpts{Name: "f"}))
+	allowed := func() (n int) {
+		now := time.Now() // set looks at the clock
+		for n < 1000 {
+			if _, ok := a.take("k", now); !ok {
+				return n
+			}
+			n++
+		}
+		return n
+	}
+	if n := allowed(); n != 10 {
+		t.Errorf("%d attempts, want 10", n)
+	}
+	a.set(20) // nothing is given back
+	if n := allowed(); n > 1 {
+		t.Errorf("%d attempts right after the limit was raised", n)
+	}
+	a.set(0)
+	if n := allowed(); n != 1000 {
+		t.Errorf("%d attempts without a limit", n)
+	}
+	a.set(60)
+	if n := allowed(); n != 60 {
+		t.Errorf("%d attempts, want 60", n)
+	}
+	a.set(600)
+	a.take("other", time.Now())
+	a.set(5)
+	for i := range 6 {
+		if _, ok := a.take("other", time.Now()); ok != (i < 5) {
+			t.Errorf("attempt %d after the limit was lowered to 5: %t", i, ok)
 		}
 	}
 }

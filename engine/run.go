@@ -363,14 +363,12 @@ func (e *Engine) newServer() (*transport.Server, error) {
 	}
 	messages := &publisher{shards: e.shards, builder: codec.NewBuilder(e.cfg.GatewayID, e.nonce)}
 	api, err := NewAPI(APIOptions{
-		Auth: logicpb.NewAuthServiceClient(e.logic), AuthDeadline: e.cfg.Logic.Deadline,
+		Settings:        apiSettings(&e.cfg),
+		Auth:            logicpb.NewAuthServiceClient(e.logic),
 		Authenticate:    authenticate(e.verifier),
 		Publisher:       messages,
 		PublishDeadline: e.cfg.Kafka.AckDeadline + 2*time.Second,
-		UpstreamTopic:   e.cfg.Kafka.UpstreamTopic, MaxMessageBytes: e.cfg.WebSocket.MaxMessageBytes,
-		MaxBodyBytes: e.cfg.HTTP.MaxBodyBytes, MaxRequests: e.cfg.HTTP.MaxRequests,
-		Logins:  LoginLimits{PerIP: e.cfg.Limits.LoginsPerIP, PerName: e.cfg.Limits.LoginsPerName},
-		Origins: e.cfg.HTTP.CORSOrigins, Logger: e.log, Registerer: e.metrics,
+		UpstreamTopic:   e.cfg.Kafka.UpstreamTopic, Logger: e.log, Registerer: e.metrics,
 	})
 	if err != nil {
 		return nil, err

@@ -33,3 +33,12 @@ func transportSettings(c *Config, v *transport.Verifier) transport.Settings {
 		TrustedProxies: networks(h.TrustedProxies), ForwardedHeader: h.ForwardedHeader,
 	}
 }
+
+func apiSettings(c *Config) APISettings {
+	return APISettings{
+		AuthDeadline: c.Logic.Deadline, MaxMessageBytes: c.WebSocket.MaxMessageBytes,
+		MaxBodyBytes: c.HTTP.MaxBodyBytes, MaxRequests: c.HTTP.MaxRequests,
+		Logins:  LoginLimits{PerIP: c.Limits.LoginsPerIP, PerName: c.Limits.LoginsPerName},
+		Origins: c.HTTP.CORSOrigins,
+	}
+}
