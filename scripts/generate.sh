@@ -11,4 +11,4 @@ go build -o "$bin/" google.golang.org/protobuf/cmd/protoc-gen-go google.golang.o
 PATH="$bin:$PATH" protoc -I codec/proto \
 	--go_out="$out" --go_opt=module=im-gateway \
 	--go-grpc_out="$out" --go-grpc_opt=module=im-gateway \
-	im/client/v1/client.proto im/logic/v1/auth.proto im/gateway/v1/gateway.proto
+	im/client/v1/client.proto im/logic/v1/auth.proto im/gateway/v1/gateway.proto im/gateway/v1/admin.proto

@@ -44,7 +44,7 @@ func TestGeneratedCodeIsCurrent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if files != 5 {
-		t.Errorf("%d files generated, want 5", files)
+	if files != 7 {
+		t.Errorf("%d files generated, want 7", files)
 	}
 }
