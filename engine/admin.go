@@ -2,19 +2,20 @@ package engine
 
 import (
 	"context"
-	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/http/pprof"
-	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/rs/zerolog"
+
+	"im-gateway/codec/gatewaypb"
+	"im-gateway/engine/adminpage"
 )
 
 // AdminOptions configure the operators' port.
@@ -23,13 +24,13 @@ type AdminOptions struct {
 	Version   string
 	Readiness *Readiness
 	Registry  *prometheus.Registry
+	Operator  gatewaypb.AdminServiceServer // what the page shows and does
+	Token     *actingToken                 // that acting asks for
 	Logger    zerolog.Logger
-	Token     string // that acting asks for; empty: nobody may
-	Drain     func() // begins to drain; must not block
 }
 
-// NewAdmin returns the handler of the operators' port: /healthz, /readyz, /metrics, /ledger,
-// /debug/pprof, and POST /drain.
+// NewAdmin returns the handler of the operators' port: the page at /, /healthz, /readyz, /metrics, /ledger,
+// /debug/pprof, and to act POST /drain, /kick and /log-level.
 // It registers the metrics that say which gateway this is and whether it is ready.
 func NewAdmin(o AdminOptions) (http.Handler, error) {
 	info := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
@@ -73,18 +74,13 @@ func NewAdmin(o AdminOptions) (http.Handler, error) {
 		}
 		writeAdmin(w, http.StatusOK, l)
 	})
-	mux.HandleFunc("POST /drain", func(w http.ResponseWriter, r *http.Request) {
-		given, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-		if o.Token == "" || subtle.ConstantTimeCompare([]byte(given), []byte(o.Token)) != 1 {
-			writeAdmin(w, http.StatusForbidden, map[string]any{
-				"error": "acting needs `Authorization: Bearer TOKEN` with the token configured as admin.token",
-			})
-			return
-		}
-		o.Logger.Info().Msg("drain asked for on the admin port")
-		o.Drain()
-		writeAdmin(w, http.StatusAccepted, map[string]any{"draining": true})
-	})
+	page, err := adminpage.New(o.Operator, o.Logger)
+	if err != nil {
+		return nil, err
+	}
+	mux.Handle("GET /{$}", page)
+	mux.Handle("GET /page/", page)
+	o.actions(mux)
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
 	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
 	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)

@@ -13,6 +13,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rs/zerolog"
+
+	"im-gateway/codec/gatewaypb"
 )
 
 func TestReadiness(t *testing.T) {
@@ -46,6 +48,7 @@ func TestAdmin(t *testing.T) {
 	ready.Waiting("kafka", "connection refused")
 	h, err := NewAdmin(AdminOptions{
 		GatewayID: "g-1", Version: "v9", Readiness: ready, Registry: prometheus.NewRegistry(), Logger: zerolog.Nop(),
+		Operator: &gatewaypb.UnimplementedAdminServiceServer{}, Token: testActing(t, ""),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -191,7 +194,10 @@ func TestAdminTLS(t *testing.T) {
 	stranger, strangerKey := testCertificate(t, dir, "stranger.test")
 	get := func(files AdminTLS, client TLS) (int, error) {
 		t.Helper()
-		h, err := NewAdmin(AdminOptions{Readiness: NewReadiness(), Registry: prometheus.NewRegistry(), Logger: zerolog.Nop()})
+		h, err := NewAdmin(AdminOptions{
+			Readiness: NewReadiness(), Registry: prometheus.NewRegistry(), Logger: zerolog.Nop(),
+			Operator: &gatewaypb.UnimplementedAdminServiceServer{}, Token: testActing(t, ""),
+		})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -376,11 +376,11 @@ type GRPCTLS struct {
 
 // Admin is the operators' port.
 type Admin struct {
-	// The listener of /healthz, /readyz, /metrics, /ledger and /debug/pprof. It asks for no login but a
-	// client certificate (admin.tls.client_ca_file): keep it on loopback or inside the cluster.
+	// The listener of the admin page, /healthz, /readyz, /metrics, /ledger and /debug/pprof. It asks for no
+	// login but a client certificate (admin.tls.client_ca_file): keep it on loopback or inside the cluster.
 	Addr string `koanf:"addr" check:"listen" required:"true"`
-	// The token that acting on this port (POST /drain) asks for, as `Authorization: Bearer TOKEN`. Empty:
-	// the port only shows.
+	// The token that acting asks for, as `Authorization: Bearer TOKEN`: kick, drain and log level, by the
+	// admin page and by `im-gateway ctl` alike. Empty: nobody may, and the page only shows.
 	Token string   `koanf:"token" secret:"true"`
 	TLS   AdminTLS `koanf:"tls"`
 }

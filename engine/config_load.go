@@ -60,6 +60,29 @@ func Load(from Sources) (*Loaded, error) {
 	return loaded, nil
 }
 
+// LoadPart is Load for a command that uses only the keys given, or what stands below them: what is wrong
+// with others, or missing, does not matter to it.
+func LoadPart(from Sources, keys ...string) (*Config, error) {
+	l := &loader{options: options(), source: map[string]string{}, secrets: map[string]secretFile{}}
+	if err := l.load(from.File, from.Environ, from.Flags); err != nil {
+		return nil, err
+	}
+	c := &Config{}
+	if err := l.k.Unmarshal("", c); err != nil {
+		return nil, fmt.Errorf("decode the merged configuration: %w", err)
+	}
+	l.validate(c)
+	problems := slices.DeleteFunc(l.problems, func(p Problem) bool {
+		return !slices.ContainsFunc(append(keys, "-config"), func(k string) bool {
+			return p.Key == k || p.Key == k+"_file" || strings.HasPrefix(p.Key, k+".")
+		})
+	})
+	if len(problems) > 0 {
+		return nil, &ConfigError{Problems: problems}
+	}
+	return c, nil
+}
+
 // loader gathers the layers of one Load.
 type loader struct {
 	options  []option

@@ -16,7 +16,9 @@ func TestDependencies(t *testing.T) {
 		"shard":     {"codec"},
 		"broker":    {"codec"},
 		"bench":     {"codec", "bench"},
-		"engine":    {"codec", "transport", "shard", "broker", "registry"},
+		"engine":    {"codec", "transport", "shard", "broker", "registry", "engine"},
+
+		"engine/adminpage": {"codec"},
 	}
 	for pkg, may := range allowed {
 		for _, dep := range goList(t, "{{join .Imports \"\\n\"}}", module+pkg) {

@@ -38,6 +38,10 @@ type Engine struct {
 	metrics  *prometheus.Registry
 	ready    *Readiness
 	started  time.Time
+	operator *Operator
+	acting   *actingToken
+
+	dependencies *dependencies
 
 	abort     context.CancelFunc
 	hard      context.Context // ends at Abort, and when Run returns
@@ -123,6 +127,9 @@ func New(cfg Config, logger zerolog.Logger) (*Engine, error) {
 	e.nonce = binary.BigEndian.Uint64(seed[:])
 	var err error
 	if e.verifier, e.keySets, err = newVerifier(cfg.Auth, e.log); err != nil {
+		return nil, err
+	}
+	if e.dependencies, err = newDependencies([]string{needEtcd, needKafka, needRedis, dependencyLogic}, e.log, e.metrics); err != nil {
 		return nil, err
 	}
 	e.metrics.MustRegister(collectors.NewGoCollector(),
@@ -290,6 +297,7 @@ func (e *Engine) await(ctx context.Context, need string, f func(context.Context)
 	}, backoff.WithBackOff(policy), backoff.WithMaxElapsedTime(0),
 		backoff.WithNotify(func(err error, next time.Duration) {
 			e.ready.Waiting(need, err.Error())
+			e.dependencies.saw(need, err)
 			e.log.Warn().Err(err).Dur("retry_ms", next).Msg("waiting for " + need)
 		}))
 	if err != nil {

@@ -168,31 +168,49 @@ func pushOutcome(e codec.End) gatewaypb.PushResult_Outcome {
 
 // Kick implements GatewayService.
 func (s *gatewayService) Kick(ctx context.Context, r *gatewaypb.KickRequest) (*gatewaypb.KickResponse, error) {
+	n, err := kick(ctx, s.sessions, r)
+	if err != nil {
+		return nil, err
+	}
+	return &gatewaypb.KickResponse{Closed: n}, nil
+}
+
+// kick closes sessions and returns how many.
+func kick(ctx context.Context, from Sessions, r *gatewaypb.KickRequest) (int32, error) {
 	if !codec.ValidName(r.GetUserId()) {
-		return nil, invalid("user_id: 1 to %d bytes, no control characters", maxName)
+		return 0, invalidUser()
 	}
 	if len(r.GetReason()) > maxKickReason {
-		return nil, invalid("reason: %d bytes, at most %d are allowed", len(r.GetReason()), maxKickReason)
+		return 0, invalid("reason: %d bytes, at most %d are allowed", len(r.GetReason()), maxKickReason)
 	}
-	n, err := s.sessions.Kick(ctx, r.GetUserId(), r.GetSessionId(), r.GetReplaced(), r.GetReason())
+	n, err := from.Kick(ctx, r.GetUserId(), r.GetSessionId(), r.GetReplaced(), r.GetReason())
 	if err != nil {
-		return nil, callError("kick", err)
+		return 0, callError("kick", err)
 	}
-	return &gatewaypb.KickResponse{Closed: int32(n)}, nil //nolint:gosec // sessions of one user
+	return int32(n), nil //nolint:gosec // sessions of one user
 }
 
 // GetSession implements GatewayService.
 func (s *gatewayService) GetSession(ctx context.Context, r *gatewaypb.GetSessionRequest) (*gatewaypb.GetSessionResponse, error) {
 	if !codec.ValidName(r.GetUserId()) {
-		return nil, invalid("user_id: 1 to %d bytes, no control characters", maxName)
+		return nil, invalidUser()
 	}
-	list, err := s.sessions.Sessions(ctx, r.GetUserId())
+	list, err := sessionsOf(ctx, s.sessions, r.GetUserId())
+	if err != nil {
+		return nil, err
+	}
+	return &gatewaypb.GetSessionResponse{GatewayId: s.gatewayID, Sessions: list}, nil
+}
+
+// sessionsOf describes a user's sessions.
+func sessionsOf(ctx context.Context, from Sessions, user string) ([]*gatewaypb.Session, error) {
+	found, err := from.Sessions(ctx, user)
 	if err != nil {
 		return nil, callError("get sessions", err)
 	}
-	answer := &gatewaypb.GetSessionResponse{GatewayId: s.gatewayID}
-	for _, i := range list {
-		answer.Sessions = append(answer.Sessions, &gatewaypb.Session{
+	var list []*gatewaypb.Session
+	for _, i := range found {
+		list = append(list, &gatewaypb.Session{
 			SessionId:    i.Name,
 			ConnectedAt:  i.ConnectedAt,
 			MessagesIn:   i.MessagesIn,
@@ -203,7 +221,7 @@ func (s *gatewayService) GetSession(ctx context.Context, r *gatewaypb.GetSession
 			Device:       i.Device,
 		})
 	}
-	return answer, nil
+	return list, nil
 }
 
 // Stats implements GatewayService.
@@ -222,6 +240,8 @@ func (s *gatewayService) Stats(context.Context, *gatewaypb.StatsRequest) (*gatew
 		Draining:         n.Draining,
 	}, nil
 }
+
+func invalidUser() error { return invalid("user_id: 1 to %d bytes, no control characters", maxName) }
 
 func invalid(format string, args ...any) error {
 	return status.Error(codes.InvalidArgument, fmt.Sprintf(format, args...))

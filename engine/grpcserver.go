@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,6 +20,7 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 
@@ -42,17 +44,20 @@ type GRPCOptions struct {
 	GatewayID  string
 	Version    string
 	Sessions   Sessions
+	Operator   gatewaypb.AdminServiceServer
+	Acting     *actingToken // that AdminService asks for
 	Logger     zerolog.Logger
 	Registerer prometheus.Registerer
 }
 
-// GRPCServer serves GatewayService, health and reflection. All methods may be called from any
+// GRPCServer serves GatewayService, AdminService, health and reflection. All methods may be called from any
 // goroutine.
 type GRPCServer struct {
 	server *grpc.Server
 	health *health.Server
 	token  [sha256.Size]byte
 	auth   bool
+	acting *actingToken
 	logger zerolog.Logger
 	calls  *prometheus.CounterVec
 }
@@ -64,13 +69,14 @@ func NewGRPCServer(o GRPCOptions) (*GRPCServer, error) {
 	if o.Token == "" && !mutual && !loopback(o.Addr) {
 		return nil, fmt.Errorf("gRPC server on %s: a token or client certificates are needed but on loopback", o.Addr)
 	}
-	if o.Sessions == nil {
-		return nil, errors.New("gRPC server: no sessions")
+	if o.Sessions == nil || o.Operator == nil || o.Acting == nil {
+		return nil, errors.New("gRPC server: no sessions, or nothing for operators")
 	}
 	s := &GRPCServer{
 		health: health.NewServer(),
 		token:  sha256.Sum256([]byte(o.Token)),
 		auth:   o.Token != "",
+		acting: o.Acting,
 		logger: o.Logger,
 		calls: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "im_gateway_grpc_calls_total",
@@ -91,6 +97,7 @@ func NewGRPCServer(o GRPCOptions) (*GRPCServer, error) {
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
 	)
 	gatewaypb.RegisterGatewayServiceServer(s.server, newGatewayService(o))
+	gatewaypb.RegisterAdminServiceServer(s.server, o.Operator)
 	grpc_health_v1.RegisterHealthServer(s.server, s.health)
 	reflection.Register(s.server)
 	s.SetServing(false)
@@ -105,6 +112,7 @@ func (s *GRPCServer) SetServing(serving bool) {
 	}
 	s.health.SetServingStatus("", state)
 	s.health.SetServingStatus(gatewaypb.GatewayService_ServiceDesc.ServiceName, state)
+	s.health.SetServingStatus(gatewaypb.AdminService_ServiceDesc.ServiceName, state)
 }
 
 // Run serves on ln, which it closes, until ctx ends. Calls under way may end within grpcStop.
@@ -165,18 +173,41 @@ func (s *GRPCServer) ended(method string, panicked any, err error) error {
 	return err
 }
 
-// authenticate checks the shared token. The health service needs none: probes cannot send it.
+// operatorsLook are the methods of AdminService that change nothing.
+var operatorsLook = []string{
+	gatewaypb.AdminService_Status_FullMethodName, gatewaypb.AdminService_Ledger_FullMethodName,
+	gatewaypb.AdminService_Queues_FullMethodName, gatewaypb.AdminService_TopTalkers_FullMethodName,
+	gatewaypb.AdminService_FindUser_FullMethodName, gatewaypb.AdminService_GetLogLevel_FullMethodName,
+}
+
+// authenticate checks the shared token. The health service needs none: probes cannot send it. Operators
+// may show theirs instead, and have to where they act.
 func (s *GRPCServer) authenticate(ctx context.Context, method string) error {
+	authorization := ""
+	if v := metadata.ValueFromIncomingContext(ctx, "authorization"); len(v) > 0 {
+		authorization = v[0]
+	}
+	if !strings.HasPrefix(method, "/"+gatewaypb.AdminService_ServiceDesc.ServiceName+"/") {
+		return s.authenticatePeer(method, authorization)
+	}
+	if slices.Contains(operatorsLook, method) {
+		err := s.authenticatePeer(method, authorization)
+		if err == nil || !s.acting.configured {
+			return err
+		}
+	}
+	addr := ""
+	if p, ok := peer.FromContext(ctx); ok {
+		addr = p.Addr.String()
+	}
+	return s.acting.check(addr, authorization)
+}
+
+func (s *GRPCServer) authenticatePeer(method, authorization string) error {
 	if !s.auth || strings.HasPrefix(method, "/"+healthService+"/") {
 		return nil
 	}
-	given := ""
-	if v := metadata.ValueFromIncomingContext(ctx, "authorization"); len(v) > 0 {
-		if scheme, token, found := strings.Cut(v[0], " "); found && strings.EqualFold(scheme, "Bearer") {
-			given = token
-		}
-	}
-	sum := sha256.Sum256([]byte(given))
+	sum := sha256.Sum256([]byte(bearer(authorization)))
 	if subtle.ConstantTimeCompare(sum[:], s.token[:]) != 1 {
 		return status.Error(codes.Unauthenticated, "metadata authorization must be: Bearer and the shared token")
 	}

@@ -47,11 +47,21 @@ func (f *fakeSessions) Stats() Stats {
 	return Stats{Sessions: 7, Users: 6, Downstream: map[string]int64{"delivered": 5}, Draining: true}
 }
 
+func testActing(t *testing.T, token string) *actingToken {
+	t.Helper()
+	a, err := newActingToken(token, prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
 // grpcServer runs a server on loopback and returns it with a connection to it.
 func grpcServer(t *testing.T, sessions Sessions, change func(*GRPCOptions), client *tls.Config) (*GRPCServer, *grpc.ClientConn) {
 	t.Helper()
 	o := GRPCOptions{
 		Addr: "127.0.0.1:0", GatewayID: "g-1", Version: "v9", Sessions: sessions,
+		Operator: &gatewaypb.UnimplementedAdminServiceServer{}, Acting: testActing(t, ""),
 		Logger: zerolog.Nop(), Registerer: prometheus.NewRegistry(),
 	}
 	if change != nil {
@@ -251,6 +261,7 @@ func TestGRPCRefusesToBeOpen(t *testing.T) {
 	for _, addr := range []string{":9080", "0.0.0.0:9080", "10.0.0.1:9080", "[::]:9080", "gateway:9080"} {
 		_, err := NewGRPCServer(GRPCOptions{
 			Addr: addr, Sessions: &fakeSessions{}, Registerer: prometheus.NewRegistry(),
+			Operator: &gatewaypb.UnimplementedAdminServiceServer{}, Acting: testActing(t, ""),
 			TLS: &tls.Config{MinVersion: tls.VersionTLS12}, // of the server alone
 		})
 		if err == nil {
@@ -266,7 +277,7 @@ func TestGRPCReflection(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"im.gateway.v1.GatewayService", "grpc.health.v1.Health"} {
+	for _, want := range []string{"im.gateway.v1.GatewayService", "im.gateway.v1.AdminService", "grpc.health.v1.Health"} {
 		if !slices.Contains(services, want) {
 			t.Errorf("services %v lack %s", services, want)
 		}

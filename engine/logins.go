@@ -114,9 +114,25 @@ func (a *attempts) take(key string, now time.Time) (wait time.Duration, ok bool)
 	if bucket.AllowN(now, 1) {
 		return 0, true
 	}
+	return a.refuse(bucket, now), false
+}
+
+// left tells whether there is an attempt left, without counting one.
+func (a *attempts) left(key string, now time.Time) (wait time.Duration, ok bool) {
+	hash := maphash.String(a.seed, key)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	bucket, found := a.buckets.Get(hash)
+	if !found || bucket.TokensAt(now) >= 1 {
+		return 0, true
+	}
+	return a.refuse(bucket, now), false
+}
+
+func (a *attempts) refuse(bucket *rate.Limiter, now time.Time) (wait time.Duration) {
 	a.refused.Inc()
 	missing := 1 - bucket.TokensAt(now)
-	return time.Duration(math.Ceil(missing * float64(time.Minute) / float64(a.perMinute))), false
+	return time.Duration(math.Ceil(missing * float64(time.Minute) / float64(a.perMinute)))
 }
 
 // admitAddress counts an attempt of the caller's address, or answers 429 and returns false.

@@ -11,6 +11,9 @@ type Condition struct {
 	Reason string `json:"reason,omitempty"` // why it does not hold yet
 }
 
+// drainCondition is what is missing from the beginning of a drain on.
+const drainCondition = "draining"
+
 // Readiness says whether the gateway may be sent clients: once every named condition has been met,
 // until the drain begins. A condition stays met: an outage later is a metric, for one fault of a
 // shared dependency must not take every gateway out of service at once. All methods may be called
@@ -72,7 +75,7 @@ func (r *Readiness) Missing() []Condition {
 	defer r.mu.Unlock()
 	list := slices.Clone(r.missing)
 	if r.draining != "" {
-		list = append(list, Condition{Name: "draining", Reason: r.draining})
+		list = append(list, Condition{Name: drainCondition, Reason: r.draining})
 	}
 	return list
 }

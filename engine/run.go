@@ -37,9 +37,17 @@ func (e *Engine) start(ctx context.Context) error {
 
 // startAdmin comes first: /readyz says what the rest waits for.
 func (e *Engine) startAdmin(context.Context) error {
+	e.operator = NewOperator(OperatorOptions{
+		Config: e.cfg, Version: Version(), Started: e.started, Readiness: e.ready, Dependencies: e.dependencies,
+		Metrics: e.metrics, Logger: e.log, Drain: func() { e.askOnce.Do(func() { close(e.asked) }) },
+	})
+	var err error
+	if e.acting, err = newActingToken(e.cfg.Admin.Token, e.metrics); err != nil {
+		return err
+	}
 	h, err := NewAdmin(AdminOptions{
 		GatewayID: e.cfg.GatewayID, Version: Version(), Readiness: e.ready, Registry: e.metrics, Logger: e.log,
-		Token: e.cfg.Admin.Token, Drain: func() { e.askOnce.Do(func() { close(e.asked) }) },
+		Operator: e.operator, Token: e.acting,
 	})
 	if err != nil {
 		return err
@@ -104,7 +112,13 @@ func (e *Engine) startEtcd(ctx context.Context) error {
 		return nil
 	})
 	e.ready.Met(needEtcd)
+	e.watch(needEtcd, func(ctx context.Context) error { return registry.Reachable(ctx, e.etcd) })
 	return nil
+}
+
+// watch asks a dependency now and then whether it is there, for people to see.
+func (e *Engine) watch(name string, ask func(context.Context) error) {
+	e.goTask(watchTask+name, func(ctx context.Context) error { return e.dependencies.watch(ctx, name, ask) })
 }
 
 // checkAfterPause tells, after a time in which etcd has not confirmed the ownership, whether it was lost
@@ -187,6 +201,7 @@ func (e *Engine) startTopics(ctx context.Context) error {
 		return err
 	}
 	e.ready.Met(needKafka)
+	e.watch(needKafka, admin.Reachable)
 	return nil
 }
 
@@ -213,6 +228,7 @@ func (e *Engine) startRedis(ctx context.Context) error {
 		return err
 	}
 	e.ready.Met(needRedis)
+	e.watch(needRedis, func(ctx context.Context) error { return registry.RedisReachable(ctx, e.redis) })
 	return nil
 }
 
@@ -362,6 +378,7 @@ func (e *Engine) newServer() (*transport.Server, error) {
 		return nil, err
 	}
 	messages := &publisher{shards: e.shards, builder: codec.NewBuilder(e.cfg.GatewayID, e.nonce)}
+	e.watch(dependencyLogic, func(ctx context.Context) error { return WaitLogic(ctx, e.logic) })
 	api, err := NewAPI(APIOptions{
 		Settings:        apiSettings(&e.cfg),
 		Auth:            logicpb.NewAuthServiceClient(e.logic),
@@ -450,10 +467,12 @@ func (e *Engine) startListener(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("grpc.tls: %w", err)
 	}
+	held := &sessions{Set: e.shards, connections: e.server.Connections, draining: e.draining.Load}
+	e.operator.serve(operatorParts{sessions: held, measure: e.shards.Measure, locate: e.presence.store.Locate})
 	e.grpc, err = NewGRPCServer(GRPCOptions{
 		Addr: e.cfg.GRPC.Addr, Token: e.cfg.GRPC.Token, TLS: grpcTLS, GatewayID: e.cfg.GatewayID, Version: Version(),
-		Sessions: &sessions{Set: e.shards, connections: e.server.Connections, draining: e.draining.Load},
-		Logger:   e.log, Registerer: e.metrics,
+		Sessions: held, Operator: e.operator, Acting: e.acting,
+		Logger: e.log, Registerer: e.metrics,
 	})
 	if err != nil {
 		return err

@@ -12,6 +12,7 @@ import (
 const (
 	taskRegistration = "registration"
 	taskTakeover     = "takeover"
+	watchTask        = "watch " // and the dependency's name
 )
 
 // ackShare is the part of the time left that acks in flight may take: Kafka may be away, and the
@@ -47,6 +48,9 @@ func (e *Engine) stop(failure error) {
 	}
 	for _, name := range []string{"grpc", "public port", "start grace", "kafka consumer", "kafka producer", "peers", "presence", "shards", "gateways", "owner"} {
 		e.task(name).end(ctx)
+	}
+	for _, d := range e.dependencies.states() {
+		e.task(watchTask + d.Name).end(ctx) // nobody asks what is closed next
 	}
 	e.release(ctx)
 	e.task("admin").end(ctx)
