@@ -39,6 +39,7 @@ func loadConfig(o options, environ []string) (engine.Config, error) {
 			"http.addr":  defaultHTTP,
 			// Tokens need not outlive this process: its im-logic's users do not either.
 			"auth.hs256_secret": rand.Text() + rand.Text(),
+			"admin.token":       rand.Text(), // said on standard output
 			// Nobody was connected before the start.
 			"kafka.start_grace":          "0s",
 			"kafka.create_shared_topics": "true",

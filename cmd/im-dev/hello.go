@@ -49,6 +49,11 @@ func hello(w io.Writer, c *engine.Config, gatewayID string, o options) error {
 	line("  Watch what clients send:")
 	line(`    kcat -C -u -b %s -t %s`, c.Kafka.Brokers[0], c.Kafka.UpstreamTopic)
 	line("")
+	token := ""
+	if !o.external { // made up for this process, and not somebody's secret
+		token = "   (its token is " + c.Admin.Token + ")"
+	}
+	line("  Admin page  http://%s/%s", reachable(c.Admin.Addr), token)
 	line("  Metrics     http://%s/metrics", reachable(c.Admin.Addr))
 	line("  Servers     Kafka %s   etcd %s   Redis %s", strings.Join(c.Kafka.Brokers, ","),
 		strings.Join(c.Etcd.Endpoints, ","), strings.Join(c.Redis.Addrs, ","))

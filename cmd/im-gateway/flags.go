@@ -122,6 +122,7 @@ Usage:
   im-gateway config check [flags]       check the configuration: exit code 0 or 2
   im-gateway config print [flags]       show the effective configuration and where each value comes from
   im-gateway config reference           write the reference of all keys as Markdown
+  im-gateway ctl COMMAND [flags]        look at a running gateway and act on it: im-gateway ctl -h
   im-gateway -version                   show version, commit, its date, and the Go version
   im-gateway -h
 

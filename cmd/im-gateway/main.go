@@ -50,6 +50,9 @@ func start(c engine.Config, l zerolog.Logger) (gateway, error) { return engine.N
 // run does what the command line asks for and returns the exit code.
 func run(args, environ []string, stdout, stderr io.Writer, signals <-chan os.Signal,
 	start func(engine.Config, zerolog.Logger) (gateway, error)) int {
+	if len(args) > 0 && args[0] == "ctl" {
+		return runCtl(args[1:], environ, stdout, stderr, signals)
+	}
 	cmd, err := parse(args)
 	if err != nil {
 		fmt.Fprintf(stderr, "im-gateway: %v\nTry: im-gateway -h\n", err)
