@@ -18,7 +18,7 @@ test: lint test-unit test-schema test-js test-real test-chaos test-abuse ## ever
 
 test-fast: ## unit tests and end to end on embedded servers; needs only Go
 	$(GO) test ./bench/... ./broker/... ./cmd/... ./codec ./engine/... ./registry/... ./shard/... ./transport/...
-	$(GO) test -count=1 -timeout $(TIMEOUT) -skip 'TestPageInChromium|TestBehind' ./test/e2e -backend=embedded
+	$(GO) test -count=1 -timeout $(TIMEOUT) -skip 'InChromium|TestBehind' ./test/e2e -backend=embedded
 
 test-unit:
 	$(GO) test -race -timeout $(TIMEOUT) ./bench/... ./broker/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./transport/... ./client/... ./test/chaos/judge ./test/chaos/traffic ./test/abuse/...

@@ -87,7 +87,7 @@ func (w *wire) set(cut bool) {
 	}
 }
 
-// tab is one tab of the demo page.
+// tab is one tab of a page.
 type tab struct {
 	t   *testing.T
 	ctx context.Context
