@@ -47,7 +47,7 @@ type Engine struct {
 	hard      context.Context // ends at Abort, and when Run returns
 	draining  atomic.Bool
 	askOnce   sync.Once
-	asked     chan struct{} // closed when a drain was asked for on the admin port
+	asked     chan struct{} // closed when an operator has asked for a drain
 	lapse     lapse
 	publicUp  chan struct{} // closed when the public port listens
 	httpAddr  net.Addr
@@ -207,6 +207,13 @@ func (e *Engine) Run(ctx context.Context) error {
 	stopCancel := context.AfterFunc(e.hard, cancel)
 	defer stopCancel()
 	defer cancel()
+	go func() {
+		select {
+		case <-e.asked:
+			cancel()
+		case <-startCtx.Done():
+		}
+	}()
 	err := e.start(startCtx)
 	switch {
 	case err == nil:
@@ -222,7 +229,7 @@ func (e *Engine) Run(ctx context.Context) error {
 		case err = <-e.failed:
 			e.log.Error().Err(err).Msg("cannot go on, stopping")
 		}
-	case ctx.Err() != nil || e.hard.Err() != nil:
+	case startCtx.Err() != nil:
 		err = nil // stopped while starting
 	default:
 		// A task that failed says more than the step that noticed.

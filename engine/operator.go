@@ -212,6 +212,12 @@ func (p *Operator) FindUser(ctx context.Context, r *gatewaypb.FindUserRequest) (
 	return answer, nil
 }
 
+// acted begins the log line of an act. It is written whatever the level: who looks for the cause later must
+// find it.
+func (p *Operator) acted() *zerolog.Event {
+	return p.o.Logger.Log().Str(zerolog.LevelFieldName, zerolog.LevelInfoValue)
+}
+
 // KickUser implements AdminService.
 func (p *Operator) KickUser(ctx context.Context, r *gatewaypb.KickUserRequest) (*gatewaypb.KickUserResponse, error) {
 	parts, err := p.started()
@@ -224,14 +230,14 @@ func (p *Operator) KickUser(ctx context.Context, r *gatewaypb.KickUserRequest) (
 	if err != nil {
 		return nil, err
 	}
-	p.o.Logger.Info().Str("user_id", r.GetUserId()).Str("session_id", r.GetSessionId()).Str("reason", r.GetReason()).
+	p.acted().Str("user_id", r.GetUserId()).Str("session_id", r.GetSessionId()).Str("reason", r.GetReason()).
 		Int32("closed", n).Msg("an operator has kicked a user")
 	return &gatewaypb.KickUserResponse{Closed: n}, nil
 }
 
 // Drain implements AdminService.
 func (p *Operator) Drain(context.Context, *gatewaypb.DrainRequest) (*gatewaypb.DrainResponse, error) {
-	p.o.Logger.Info().Msg("an operator has asked for a drain")
+	p.acted().Msg("an operator has asked for a drain")
 	p.o.Drain()
 	return &gatewaypb.DrainResponse{}, nil
 }
@@ -247,8 +253,6 @@ func (p *Operator) SetLogLevel(_ context.Context, r *gatewaypb.SetLogLevelReques
 	if err := (LogLevel{}).Set(r.GetLevel()); err != nil {
 		return nil, invalid("level: %v", err)
 	}
-	// Written whatever the level: else nobody would find out why the log has gone quiet.
-	p.o.Logger.Log().Str(zerolog.LevelFieldName, zerolog.LevelInfoValue).Str("from", before).Str("to", r.GetLevel()).
-		Msg("an operator has changed the log level")
+	p.acted().Str("from", before).Str("to", r.GetLevel()).Msg("an operator has changed the log level")
 	return &gatewaypb.LogLevelResponse{Level: r.GetLevel()}, nil
 }

@@ -367,6 +367,38 @@ func TestAdminPageInChromium(t *testing.T) {
 	p.is("the page says that nobody answers", `document.body.classList.contains("stale") && `+text("stale")+`.includes("no answer")`)
 }
 
+// TestDrainWhileStarting: who waits for Kafka stops too, in order.
+func TestDrainWhileStarting(t *testing.T) {
+	g := launch(t, user("gw"), settings{"kafka.brokers": freeAddr(), "admin.token": hide(operatorToken)})
+	ask := func(method, path string) (code int, body string) {
+		req, err := http.NewRequestWithContext(deadline(t), method, "http://"+g.admin+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer "+operatorToken)
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return 0, "" // not listening yet
+		}
+		defer func() { _ = resp.Body.Close() }()
+		b, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode, string(b)
+	}
+	eventually(t, "the page says what is waited for", func() bool {
+		_, page := ask(http.MethodGet, "/")
+		return strings.Contains(page, `id="state">starting<`) && strings.Contains(page, "connection refused")
+	})
+	if code, body := ask(http.MethodPost, "/drain"); code != http.StatusAccepted {
+		t.Errorf("%d %s", code, body)
+	}
+	if code := g.exit(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
 // TestAdminPageWithoutAToken: the page says why nobody can act.
 func TestAdminPageWithoutAToken(t *testing.T) {
 	g := start(t, user("gw"), nil)
