@@ -1,0 +1,241 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// patience is how long a block may take; what it builds has been built before, mostly.
+const patience = 5 * time.Minute
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	failed := false
+	for _, path := range os.Args[1:] {
+		if err := try(ctx, path); err != nil {
+			fmt.Fprintf(os.Stderr, "docs: %v\n", err)
+			failed = true
+		}
+	}
+	if failed || len(os.Args) == 1 {
+		os.Exit(1)
+	}
+}
+
+// try runs the blocks of one document.
+func try(ctx context.Context, path string) (err error) {
+	blocks, err := readBlocks(path)
+	if err != nil {
+		return err
+	}
+	dir, err := clone(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(filepath.Dir(dir))) }()
+	s := &session{path: path, dir: dir, wrap: ownNetwork(ctx)}
+	defer s.stop()
+	if err := s.begin(ctx); err != nil {
+		return err
+	}
+	var last string
+	count := map[mode]int{}
+	for _, b := range blocks {
+		count[b.mode]++
+		began := time.Now()
+		switch b.mode {
+		case run:
+			last, err = s.run(ctx, b)
+		case background:
+			last, err = s.start(ctx, b)
+		case output:
+			if err = matches(last, b.text); err != nil {
+				err = fmt.Errorf("%w\nit printed:\n%s", err, last)
+			}
+		case notRun, ignored:
+		}
+		if err != nil {
+			return fmt.Errorf("%s:%d: %w", path, b.line, err)
+		}
+		if b.mode == run || b.mode == background {
+			fmt.Printf("%s:%d: ok, %s\n", path, b.line, time.Since(began).Round(100*time.Millisecond))
+		}
+	}
+	fmt.Printf("%s: %d blocks run, %d outputs compared, %d not run\n", path, count[run]+count[background], count[output], count[notRun])
+	return nil
+}
+
+// clone makes a clone of the repository as it is committed, and returns its directory.
+func clone(ctx context.Context) (string, error) {
+	parent, err := os.MkdirTemp("", "docs-")
+	if err != nil {
+		return "", fmt.Errorf("temporary directory: %w", err)
+	}
+	dir := filepath.Join(parent, "im-gateway")
+	if out, err := exec.CommandContext(ctx, "git", "clone", "-q", ".", dir).CombinedOutput(); err != nil {
+		return "", errors.Join(fmt.Errorf("clone the repository: %w: %s", err, out), os.RemoveAll(parent))
+	}
+	return dir, nil
+}
+
+// ownNetwork returns the command that gives another one a network of its own, with loopback alone; none where
+// that is not allowed.
+func ownNetwork(ctx context.Context) []string {
+	wrap := []string{"unshare", "--net", "--"}
+	if exec.CommandContext(ctx, wrap[0], append(wrap[1:], "ip", "link", "set", "lo", "up")...).Run() != nil {
+		return nil
+	}
+	return wrap
+}
+
+// session is one document's shell, whose variables and directory go on from block to block, and what it has
+// started.
+type session struct {
+	path, dir string
+	wrap      []string
+
+	holder  *exec.Cmd // keeps the network
+	started []*exec.Cmd
+	n       int
+}
+
+// begin makes the network.
+func (s *session) begin(ctx context.Context) error {
+	if s.wrap == nil {
+		return nil
+	}
+	s.holder = exec.CommandContext(ctx, s.wrap[0], append(s.wrap[1:], "sh", "-c", "ip link set lo up && echo up && exec sleep 3600")...)
+	out, err := s.holder.StdoutPipe()
+	if err != nil {
+		return fmt.Errorf("make a network: %w", err)
+	}
+	if err := s.holder.Start(); err != nil {
+		return fmt.Errorf("make a network: %w", err)
+	}
+	if _, err := out.Read(make([]byte, 8)); err != nil {
+		return fmt.Errorf("make a network: %w", err)
+	}
+	s.wrap = []string{"nsenter", "--net=" + fmt.Sprintf("/proc/%d/ns/net", s.holder.Process.Pid), "--"}
+	return nil
+}
+
+// keepState takes over what the shell before has left in a file, and leaves the same at the end.
+const keepState = `set -eo pipefail
+state=%q
+[ ! -f "$state" ] || . "$state"
+leave() {
+	code=$?
+	for v in $(compgen -v); do
+		case $v in BASH*|DIRSTACK|EPOCH*|EUID|FUNCNAME|GROUPS|LINENO|PIPESTATUS|PPID|RANDOM|SECONDS|SHELLOPTS|SRANDOM|UID|_|code|v) ;;
+		*) declare -p "$v" ;;
+		esac
+	done >"$state"
+	echo "cd '$PWD'" >>"$state"
+	exit $code
+}
+trap leave EXIT
+`
+
+// shell is bash in the state that the blocks before have left: their directory and their variables.
+func (s *session) shell(ctx context.Context, text string) *exec.Cmd {
+	state := filepath.Join(filepath.Dir(s.dir), "state")
+	script := fmt.Sprintf(keepState, state) + text
+	args := append(append([]string(nil), s.wrap...), "bash", "-c", script)
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Dir = s.dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = 5 * time.Second
+	return cmd
+}
+
+// run runs a block and returns what it printed.
+func (s *session) run(ctx context.Context, b block) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	end := time.Now().Add(time.Minute)
+	for {
+		out, err := s.shell(ctx, b.text).CombinedOutput()
+		printed := string(out)
+		switch {
+		case err == nil && strings.Contains(printed, b.until):
+			return printed, nil
+		case b.until == "" || time.Now().After(end) || ctx.Err() != nil:
+			return printed, fmt.Errorf("%s\n%s%w", b.text, printed, errors.Join(err, context.Cause(ctx)))
+		}
+		time.Sleep(500 * time.Millisecond)
+	}
+}
+
+// printer collects what a process prints.
+type printer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+// Write implements io.Writer.
+func (p *printer) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.b.Write(b)
+}
+
+// String returns what has been printed.
+func (p *printer) String() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.b.String()
+}
+
+// start starts a block that runs on, and returns what it had printed when it was ready.
+func (s *session) start(ctx context.Context, b block) (string, error) {
+	var out printer
+	cmd := s.shell(ctx, b.text)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		return "", fmt.Errorf("start: %w", err)
+	}
+	s.started = append(s.started, cmd)
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	late := time.After(patience)
+	for !strings.Contains(out.String(), b.until) {
+		select {
+		case err := <-ended:
+			return out.String(), fmt.Errorf("%s\n%sit ended before it printed %q: %w", b.text, out.String(), b.until, err)
+		case <-late:
+			return out.String(), fmt.Errorf("%s\n%sit has not printed %q", b.text, out.String(), b.until)
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	return out.String(), nil
+}
+
+// stop ends what was started, as Ctrl-C does, then for good.
+func (s *session) stop() {
+	for _, cmd := range s.started {
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) // it may have ended
+	}
+	for _, cmd := range s.started {
+		for end := time.Now().Add(20 * time.Second); syscall.Kill(-cmd.Process.Pid, 0) == nil; time.Sleep(50 * time.Millisecond) {
+			if time.Now().After(end) {
+				_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+			}
+		}
+	}
+	if s.holder != nil && s.holder.Process != nil {
+		_ = s.holder.Process.Kill()
+		_ = s.holder.Wait()
+	}
+}
