@@ -124,6 +124,7 @@ export class Client {
     for (const u of this.#urls) {
       if (!/^wss?:$/.test(new URL(u).protocol)) throw new TypeError(`${u} is no ws:// or wss:// address`);
     }
+    if (!o.webSocket && typeof WebSocket === "undefined") throw new TypeError("there is no WebSocket here: give one as webSocket");
     const { deviceId = "d", device = "d", outbox = 200, window = 1, ackTimeoutMs = 30_000 } = o;
     if (!plain(deviceId)) throw new TypeError("deviceId must be 1 to 128 bytes without control characters");
     if (!/^[a-z0-9_-]{1,32}$/.test(device)) throw new TypeError("device must be 1 to 32 of a-z 0-9 _ -");

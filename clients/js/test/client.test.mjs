@@ -310,11 +310,11 @@ played("back-off: jittered, growing to 10 s, from the start after 10 steady seco
   assert.ok(waits.at(-1) <= 250);
 });
 
-played("jitter: two clients do not wait alike", {}, async ({ states, open }) => {
+played("jitter: no two wait alike", {}, async ({ states, open }) => {
   const seen = new Set();
   for (let i = 0; i < 5; i++) {
     (await open()).end(1006);
-    seen.add(states.at(-1).retryAt - Date.now() - 125 * 2 ** i);
+    seen.add((states.at(-1).retryAt - Date.now()) / (250 * 2 ** i));
   }
   assert.ok(seen.size > 3);
 });
@@ -751,8 +751,71 @@ played("a frame of a later version is a message, not an error", {}, async ({ cli
   assert.deepEqual(got, ["typing"]);
 });
 
+// A browser says when its network is back, and when its page is seen again.
+function device(t) {
+  const page = new EventTarget();
+  const document = new EventTarget();
+  document.visibilityState = "visible";
+  for (const [name, value] of Object.entries({ addEventListener: page.addEventListener.bind(page), document })) {
+    globalThis[name] = value;
+    t.after(() => { delete globalThis[name]; });
+  }
+  return { say: (name) => page.dispatchEvent(new Event(name)), show: (how) => { document.visibilityState = how; document.dispatchEvent(new Event("visibilitychange")); } };
+}
+
+test("a network that is back, a page that is seen again", limit, async (t) => {
+  const { say, show } = device(t);
+  const sockets = [];
+  const client = new Client({
+    urls: "ws://g/ws", token: () => "t",
+    webSocket: () => {
+      const s = {
+        readyState: 1, sent: [], send(d) { this.sent.push(JSON.parse(d).type); }, close() { this.readyState = 3; },
+        say(type, data) { this.onmessage({ data: JSON.stringify({ type, data }) }); },
+      };
+      sockets.push(s);
+      return s;
+    },
+  });
+  mock.timers.enable({ apis: ["setTimeout", "Date"], now: 1_760_000_000_000 });
+  t.after(() => mock.timers.reset());
+  const expect = async (n, state) => {
+    await turn();
+    assert.deepEqual([sockets.length, client.state], [n, state]);
+  };
+  say("online"); // before connect() it is nobody's
+  await expect(0, "idle");
+  client.connect();
+  await expect(1, "connecting");
+  say("online");
+  await expect(1, "connecting");
+  sockets[0].say("connected", {});
+  show("hidden");
+  assert.deepEqual(sockets[0].sent, []);
+  show("visible");
+  assert.deepEqual(sockets[0].sent, ["ping"]);
+  sockets[0].say("pong");
+  await tick(10_000);
+  await expect(1, "online");
+  say("offline");
+  assert.deepEqual(sockets[0].sent, ["ping", "ping"]);
+  await tick(10_000); // no answer
+  await expect(1, "waiting");
+  say("online"); // and not after the back-off
+  await expect(2, "connecting");
+  sockets[1].say("connected", {});
+  sockets[1].say("reconnect", { retry_after_ms: 5_000 });
+  sockets[1].onclose({ code: 4002, reason: "" });
+  say("online"); // a gateway that drains has its time
+  await expect(2, "waiting");
+  client.close();
+  say("online");
+  show("visible");
+  await expect(2, "stopped");
+});
+
 test("options that cannot be are refused at once", () => {
-  const good = { urls: "ws://g/ws", token: () => "t" };
+  const good = { urls: "ws://g/ws", token: () => "t", webSocket: () => assert.fail() };
   for (const bad of [{ urls: [] }, { urls: "g" }, { urls: ["ws://g/ws", "http://g/ws"] }, { deviceId: "" }, { deviceId: "a\n" }, { deviceId: "x".repeat(129) },
     { device: "Web" }, { device: "" }, { device: "x".repeat(33) }, { outbox: 0 }, { window: 0 }, { window: NaN }, { ackTimeoutMs: -1 }]) {
     assert.throws(() => new Client({ ...good, ...bad }), TypeError, JSON.stringify(bad));

@@ -216,7 +216,9 @@ export async function start() {
   }).listen(0, "127.0.0.1");
   await once(server, "listening");
   const base = `http://127.0.0.1:${server.address().port}`;
-  const [a, b] = await Promise.all([commands.gateway(), commands.gateway()]);
+  // What compresses is tried, too: browsers and ws offer it.
+  const compressed = { "websocket.compression.enabled": "true", "websocket.compression.threshold_bytes": "0" };
+  const [a, b] = await Promise.all([commands.gateway(), commands.gateway({ change: compressed })]);
   return {
     base, a, b, commands,
     async stop() {
