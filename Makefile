@@ -36,7 +36,7 @@ test-chaos:
 	$(GO) run ./test/chaos -short
 
 test-js: build ## build the JavaScript client and test it in Node and Chromium; needs node, npm and chromium
-	$(GO) build -trimpath -o bin/ ./test/servers/cmd/backend
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./test/servers/cmd/backend
 	cd clients/js && npm ci --no-audit --no-fund && npm run build && \
 		NODE_OPTIONS=$$(node -p 'typeof WebSocket === "undefined" ? "--experimental-websocket" : ""') npm test
 
