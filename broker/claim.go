@@ -55,6 +55,8 @@ type claim struct {
 	again   []codec.Delivery        // for users that came meanwhile
 	retried map[codec.Delivery]bool // of them: they are not looked up and delivered to for ever
 
+	traces map[int64]*codec.RecordTrace // of the open records that are traced, by offset
+
 	ends   [][]codec.Ended // swapped with the inbox
 	stored []sideResult
 
@@ -73,6 +75,7 @@ func newClaim(c *Consumer, session sarama.ConsumerGroupSession, in sarama.Consum
 		retry:   time.NewTimer(time.Hour),
 		looking: make(chan []route),
 		retried: map[codec.Delivery]bool{},
+		traces:  map[int64]*codec.RecordTrace{},
 		lag:     c.metrics.lag.WithLabelValues(in.Topic(), partition),
 		age:     c.metrics.age.WithLabelValues(in.Topic(), partition),
 		open:    c.metrics.open.WithLabelValues(in.Topic(), partition),
@@ -90,6 +93,7 @@ func (k *claim) close() {
 	k.c.active.Store(time.Now().UnixMilli())
 	k.retry.Stop()
 	k.inbox.close()
+	k.abandonTraces()
 	k.c.metrics.abandoned.Add(float64(k.units))
 	k.c.metrics.openUnits.Sub(float64(k.units))
 	if k.c.adopted {
@@ -236,15 +240,17 @@ func (k *claim) read(m *sarama.ConsumerMessage, now int64) {
 	k.c.metrics.records.Inc()
 	k.c.active.Store(now)
 	hookRead(k, m.Offset)
-	d, err := codec.ParseDownstream(m.Key, m.Value, m.Topic, m.Partition, m.Offset)
+	d, err := codec.ParseDownstream(m.Value, m.Topic, m.Partition, m.Offset)
+	hop, traceParent := known(m.Headers)
+	traceParent = k.trace(m, d, err, traceParent)
 	k.window.add(d, m.Offset, len(m.Key)+len(m.Value), now)
 	if err != nil {
 		k.opened(1)
-		k.backlog = append(k.backlog, k.deadLetter(m, err))
+		k.backlog = append(k.backlog, k.deadLetter(m, err, traceParent))
 		return
 	}
 	d.Encode(now)
-	d.Owner, d.Pending, d.Forwarded = k.inbox, len(d.Targets), forwarded(m.Headers)
+	d.Owner, d.Pending, d.Forwarded, d.TraceParent = k.inbox, len(d.Targets), hop, traceParent
 	k.opened(len(d.Targets))
 	for i, target := range d.Targets {
 		k.put(codec.ShardOf(target, k.c.shards), codec.Delivery{Record: d, Target: int32(i)})
@@ -316,9 +322,18 @@ func (k *claim) end(e codec.Ended) {
 func (k *claim) finish(d *codec.Downstream, end codec.End) {
 	k.c.ends[end].Inc()
 	k.ended()
+	if len(k.traces) > 0 {
+		k.traceEnd(d.Offset, end)
+	}
+	k.settled(d)
+}
+
+// settled notes that a record waits for one delivery less.
+func (k *claim) settled(d *codec.Downstream) {
 	d.Pending--
 	if d.Pending == 0 {
 		k.window.done(d.Offset)
+		k.endTrace(d.Offset)
 	}
 }
 
@@ -334,6 +349,7 @@ func (k *claim) sideDone(s sideResult) {
 		k.c.metrics.deadLetters.Inc()
 		k.ended()
 		k.window.done(r.offset)
+		k.endTrace(r.offset)
 		return
 	}
 	k.c.producer.metrics.sideFailed.Inc()
@@ -368,6 +384,7 @@ func (k *claim) undelivered(e codec.Ended, present string) *sideRecord {
 	if present != "" {
 		headers = append(headers, sarama.RecordHeader{Key: headerPresent, Value: []byte(present)})
 	}
+	headers = appendTraceParent(headers, d.TraceParent)
 	return &sideRecord{
 		topic: k.c.opts.UndeliveredTopic,
 		key:   []byte(d.Targets[e.Target]),
@@ -383,8 +400,8 @@ func (k *claim) undelivered(e codec.Ended, present string) *sideRecord {
 }
 
 // deadLetter is the record that keeps what could not be parsed, byte for byte.
-func (k *claim) deadLetter(m *sarama.ConsumerMessage, reason error) *sideRecord {
-	headers := make([]sarama.RecordHeader, 0, sideHeaders)
+func (k *claim) deadLetter(m *sarama.ConsumerMessage, reason error, traceParent []byte) *sideRecord {
+	headers := appendTraceParent(make([]sarama.RecordHeader, 0, sideHeaders), traceParent)
 	return &sideRecord{
 		topic: k.c.opts.DeadletterTopic,
 		key:   m.Key,

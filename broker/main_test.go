@@ -151,7 +151,7 @@ func startProducer(t testing.TB, opts Options, results func(*codec.UpstreamBatch
 var testBuilder = struct {
 	sync.Mutex
 	*codec.Builder
-}{Builder: codec.NewBuilder(testGateway, 7)}
+}{Builder: codec.NewBuilder(testGateway, 7, nil)}
 
 // newUpstream builds a client's message.
 func newUpstream(t testing.TB, user, id, data string) *codec.Upstream {

@@ -11,6 +11,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/rcrowley/go-metrics"
 	"github.com/rs/zerolog"
+
+	"im-gateway/codec"
 )
 
 // The defaults of Options.
@@ -116,6 +118,11 @@ type Options struct {
 	// Alive tells whether a gateway reads its topic, so that forwarding to it makes sense.
 	Alive func(gatewayID string) bool
 
+	// Sampler says which downstream records are traced; nil: none.
+	Sampler *codec.Sampler
+	// Traced is told of each of them when it has ended. It must not block; it is required with a Sampler.
+	Traced func(*codec.RecordTrace)
+
 	// Topics that EnsureTopics creates. A replication of 0 is the brokers' default.
 	CreateShared          bool
 	Strict                bool // refuse, rather than warn about, topics that can lose acknowledged records
@@ -172,6 +179,9 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if len(o.Brokers) == 0 {
 		return o, errors.New("broker: no brokers")
+	}
+	if o.Sampler != nil && o.Traced == nil {
+		return o, errors.New("broker: records are traced for nobody")
 	}
 	if err := o.config(newLink()).Validate(); err != nil {
 		return o, fmt.Errorf("broker: %w", err)

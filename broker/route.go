@@ -94,10 +94,7 @@ func (k *claim) routed(r route) {
 	}
 	switch {
 	case len(gateways) == 0 && r.besides: // they have ended meanwhile
-		d.Pending--
-		if d.Pending == 0 {
-			k.window.done(d.Offset)
-		}
+		k.settled(d)
 		return
 	case len(gateways) == 0 && back && !r.retried: // the user came while the shard said no
 		k.retried[r.Delivery] = true
@@ -129,10 +126,10 @@ func (k *claim) forward(d codec.Delivery, gateway string) *sideRecord {
 		topic: k.c.opts.DownstreamPrefix + gateway,
 		key:   []byte(target),
 		value: codec.AppendForward(nil, rec, target),
-		headers: []sarama.RecordHeader{
+		headers: appendTraceParent([]sarama.RecordHeader{
 			{Key: headerHop, Value: []byte("1")},
 			{Key: headerGatewayID, Value: k.c.producer.gatewayID},
-		},
+		}, rec.TraceParent),
 		done:    k.inbox.sideDone,
 		record:  rec,
 		target:  d.Target,
@@ -141,14 +138,18 @@ func (k *claim) forward(d codec.Delivery, gateway string) *sideRecord {
 	}
 }
 
-// forwarded tells whether a record was handed on by another gateway.
-func forwarded(headers []*sarama.RecordHeader) bool {
+// known reads the headers of a record that the gateway knows: whether another one has handed it on, and the
+// context of its trace; nil: it has none.
+func known(headers []*sarama.RecordHeader) (hop bool, traceParent []byte) {
 	for _, h := range headers {
-		if string(h.Key) == string(headerHop) {
-			return true
+		switch string(h.Key) {
+		case string(headerHop):
+			hop = true
+		case string(headerTraceParent):
+			traceParent = h.Value
 		}
 	}
-	return false
+	return hop, traceParent
 }
 
 // overdue is how old what is open must be for it to be given up when the window is full.

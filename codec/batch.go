@@ -135,6 +135,7 @@ type Upstream struct {
 	Type        []byte    // unescaped
 	TraceParent []byte    // W3C trace context
 	Temp        bool      // the name came as data.tempMessageId and is echoed as that too
+	Span        *Span     // begun by the builder, which TraceParent is of; nil: the message is not traced
 
 	// Owned by the shard while the record is in flight.
 	Prev, Next *Upstream             // the shard's list, oldest first
@@ -192,8 +193,9 @@ func (e End) String() string { return endNames[e] }
 type Downstream struct {
 	Partition int32
 	Offset    int64
-	Key       []byte // the Kafka record's
 	Value     []byte // the Kafka record's
+	// TraceParent is what those are told to whom the record is handed on; empty: nothing.
+	TraceParent []byte
 
 	Targets    []string
 	Type       string // "new-message" unless the record names one

@@ -50,7 +50,7 @@ func BenchmarkParseDownstream(b *testing.B) {
 			b.SetBytes(int64(len(value)))
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, err := ParseDownstream(nil, value, "im-downstream-topic-gw1", 0, 0); err != nil {
+				if _, err := ParseDownstream(value, "im-downstream-topic-gw1", 0, 0); err != nil {
 					b.Fatal(err)
 				}
 			}

@@ -11,13 +11,10 @@ const (
 
 // Limits on what names things in an envelope, in bytes.
 const (
-	MaxNameLen   = 128 // a user id, a client's name for a message
-	MaxTypeLen   = 64
-	MaxKindLen   = 32 // of a kind of device
-	maxTraceText = 55 // of a W3C traceparent
+	MaxNameLen = 128 // a user id, a client's name for a message
+	MaxTypeLen = 64
+	MaxKindLen = 32 // of a kind of device
 )
-
-const zeroTraceID = "00000000000000000000000000000000"
 
 // ParseError says why a client frame or a downstream record is refused.
 type ParseError struct {
@@ -47,6 +44,7 @@ type ClientMessage struct {
 	Data        []byte // valid JSON; nil when the frame has none
 	Timestamp   int64  // the client's clock, Unix ms; 0: none
 	TraceID     []byte // 32 lower-case hex digits, from trace_id or traceparent; empty: none
+	TraceParent []byte // the traceparent, TraceParentLen bytes of it, whose trace that is; empty: none came
 	Token       []byte // of refresh-token
 	DeliveryID  int64  // of delivery-ack
 	DeviceID    string // of the session, set by its owner and not by ParseClient; empty: none was named
@@ -107,23 +105,16 @@ func (m *ClientMessage) validType() bool {
 	return len(m.Type) > 0 && len(m.Type) <= MaxTypeLen && !hasControl(m.Type)
 }
 
-// readTrace takes a trace id of 32 hex digits, or out of a traceparent (W3C Trace Context, 3.2).
+// readTrace takes a trace id of 32 hex digits, or a traceparent, which counts before it.
 func (m *ClientMessage) readTrace(s []byte) {
-	if len(s) == maxTraceText && s[2] == '-' && s[35] == '-' {
-		s = s[3:35]
-	}
-	if len(s) == 32 && isLowerHex(s) && string(s) != zeroTraceID {
+	c, ok := ParseTraceID(s)
+	switch {
+	case !ok:
+	case c.SpanID != [8]byte{}:
+		m.TraceID, m.TraceParent = s[3:35], s[:TraceParentLen]
+	case len(m.TraceParent) == 0:
 		m.TraceID = s
 	}
-}
-
-func isLowerHex(b []byte) bool {
-	for _, c := range b {
-		if (c < '0' || c > '9') && (c < 'a' || c > 'f') {
-			return false
-		}
-	}
-	return true
 }
 
 // readData looks into data only where the frame needs it.

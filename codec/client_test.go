@@ -91,7 +91,7 @@ func TestHotPathDoesNotAllocate(t *testing.T) {
 	frame := []byte(`{"type":"send-message","message_id":"c-1","data":{"conversation_id":"v1","content":"` +
 		strings.Repeat("x", 128) + `"},"timestamp":1760000000000}`)
 	var m ClientMessage
-	b := NewBuilder("gateway-1", 1)
+	b := NewBuilder("gateway-1", 1, nil)
 	id := MakeSessionID(0, 0, 1, 1)
 	out := make([]byte, 0, 1024)
 	u := b.Build(&m, "user", id, 1)
@@ -149,7 +149,7 @@ func FuzzParseClient(f *testing.F) {
 	f.Add([]byte(`{"type":"m","message_id":"c-1","data":{"a":[1,"x",null,true,-1.5e-3]},"timestamp":1}`))
 	f.Add([]byte(`{"type":"m","data":{"tempMessageId":"\u00e9"}}`))
 	f.Add([]byte(`{"type":"ping"}`))
-	b := NewBuilder("g", 1)
+	b := NewBuilder("g", 1, nil)
 	f.Fuzz(func(t *testing.T, frame []byte) {
 		if !utf8.Valid(frame) {
 			return // refused before

@@ -24,9 +24,9 @@ var (
 
 // ParseDownstream reads a record of the downstream topic; topic, partition and offset name it where it has
 // no message_id. An error is a *ParseError: the record belongs on the dead-letter topic. The
-// result refers to key and value.
-func ParseDownstream(key, value []byte, topic string, partition int32, offset int64) (*Downstream, error) {
-	d := &Downstream{Partition: partition, Offset: offset, Key: key, Value: value, Type: TypeNewMessage}
+// result refers to value.
+func ParseDownstream(value []byte, topic string, partition int32, offset int64) (*Downstream, error) {
+	d := &Downstream{Partition: partition, Offset: offset, Value: value, Type: TypeNewMessage}
 	if !utf8.Valid(value) {
 		return nil, errRecordJSON
 	}

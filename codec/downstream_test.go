@@ -36,7 +36,7 @@ func TestParseDownstream(t *testing.T) {
 		{"empty", ``, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			d, err := ParseDownstream(nil, []byte(tc.value), "t", 2, 9)
+			d, err := ParseDownstream([]byte(tc.value), "t", 2, 9)
 			if tc.want == "" {
 				if err == nil {
 					t.Errorf("accepted: %+v", d)
@@ -62,7 +62,7 @@ func FuzzParseDownstream(f *testing.F) {
 	f.Add([]byte(`{"target_user_ids":["a","\u00e9"],"type":"x","data":{"a":[1]},"expire_at":1}`))
 	f.Add([]byte(`{"user_id":"alice","content":"hi"}`))
 	f.Fuzz(func(t *testing.T, value []byte) {
-		d, err := ParseDownstream(nil, value, "t", 0, 0)
+		d, err := ParseDownstream(value, "t", 0, 0)
 		if err != nil {
 			return
 		}

@@ -18,7 +18,7 @@ func FuzzClientData(f *testing.F) {
 	} {
 		f.Add("m", "c-1", []byte(s))
 	}
-	b := NewBuilder("g", 1)
+	b := NewBuilder("g", 1, nil)
 	f.Fuzz(func(t *testing.T, typ, name string, data []byte) {
 		if !utf8.ValidString(typ) || !utf8.ValidString(name) || !utf8.Valid(data) {
 			return
@@ -106,7 +106,7 @@ func FuzzForward(f *testing.F) {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, value []byte) {
-		d, err := ParseDownstream([]byte("k"), value, "t", 3, 4)
+		d, err := ParseDownstream(value, "t", 3, 4)
 		if err != nil {
 			return
 		}
@@ -115,7 +115,7 @@ func FuzzForward(f *testing.F) {
 		}
 		for _, user := range d.Targets[:min(2, len(d.Targets))] {
 			on := AppendForward(nil, d, user)
-			e, err := ParseDownstream(nil, on, "other", 1, 2)
+			e, err := ParseDownstream(on, "other", 1, 2)
 			if err != nil {
 				t.Fatalf("%q is handed on as %q: %v", value, on, err)
 			}

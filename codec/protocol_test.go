@@ -284,7 +284,7 @@ func FuzzParseClientProto(f *testing.F) {
 	f.Add(encode(f, Proto, &clientpb.ClientFrame{Type: "m", Data: []byte(`{"tempMessageId":"\u00e9"}`), TraceId: "0123456789abcdef0123456789abcdef"}))
 	f.Add(encode(f, Proto, &clientpb.ClientFrame{Type: "ping"}))
 	f.Add([]byte("\x0a\x01m\x20\xff\xff\xff\xff\x0f\x1a\x011"))
-	b := NewBuilder("g", 1)
+	b := NewBuilder("g", 1, nil)
 	f.Fuzz(func(t *testing.T, frame []byte) {
 		var m ClientMessage
 		err := ParseClientProto(frame, &m)

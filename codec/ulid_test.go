@@ -47,7 +47,7 @@ func TestULIDCarries(t *testing.T) {
 
 // Two Builders of one process, or of two, never make the same id.
 func TestULIDsOfBuildersDiffer(t *testing.T) {
-	a, b := NewBuilder("g", 1), NewBuilder("g", 1)
+	a, b := NewBuilder("g", 1, nil), NewBuilder("g", 1, nil)
 	seen := map[string]bool{}
 	for range 1000 {
 		for _, s := range []*Builder{a, b} {

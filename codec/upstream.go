@@ -13,7 +13,6 @@ const (
 	recordOverhead = 512
 	// maxPooledRecord keeps a few huge messages from staying in the pool.
 	maxPooledRecord = 16 << 10
-	traceParentLen  = maxTraceText
 )
 
 // records is shared by all Builders: a record is built on one goroutine and released on another.
@@ -24,16 +23,19 @@ type Builder struct {
 	gateway []byte // quoted
 	nonce   uint64
 	ulids   ulidSource
+	sampler *Sampler
 }
 
-// NewBuilder returns a Builder for the gateway; nonce is the one of its session names.
-func NewBuilder(gatewayID string, nonce uint64) *Builder {
+// NewBuilder returns a Builder for the gateway; nonce is the one of its session names, sampler says which
+// messages are traced.
+func NewBuilder(gatewayID string, nonce uint64, sampler *Sampler) *Builder {
 	var seed [32]byte
 	_, _ = crand.Read(seed[:]) // never fails, says crypto/rand
 	return &Builder{
 		gateway: AppendQuoted(nil, gatewayID),
 		nonce:   nonce,
 		ulids:   ulidSource{random: rand.NewChaCha8(seed)},
+		sampler: sampler,
 	}
 }
 
@@ -92,17 +94,26 @@ func (b *Builder) Build(m *ClientMessage, user string, id SessionID, now int64) 
 	buf = append(buf, m.ClientMsgID...)
 	nameEnd := len(buf)
 	buf = append(buf, "00-"...)
-	buf = append(buf, buf[traceStart:traceEnd]...)
-	buf = append(buf, '-')
-	buf = b.appendHex(buf)
-	buf = append(buf, "-00"...)
+	if len(m.TraceParent) > 0 {
+		buf = append(buf, m.TraceParent[3:]...) // as it came, for whoever traces
+	} else {
+		buf = append(buf, buf[traceStart:traceEnd]...)
+		buf = append(buf, '-')
+		buf = b.appendHex(buf)
+		buf = append(buf, "-00"...)
+	}
+	if b.sampler != nil {
+		if u.Span = b.sampler.continueText(buf[nameEnd:], len(m.TraceParent) == 0); u.Span != nil {
+			buf = u.Span.AppendTraceParent(buf[:nameEnd])
+		}
+	}
 
 	u.buf = buf
 	u.Value = buf[:valueEnd:valueEnd]
 	u.MessageID = buf[idStart:idEnd:idEnd]
 	u.Type = buf[valueEnd:typeEnd:typeEnd]
 	u.ClientMsgID = buf[typeEnd:nameEnd:nameEnd]
-	u.TraceParent = buf[nameEnd : nameEnd+traceParentLen : nameEnd+traceParentLen]
+	u.TraceParent = buf[nameEnd : nameEnd+TraceParentLen : nameEnd+TraceParentLen]
 	return u
 }
 

@@ -9,7 +9,7 @@ import (
 )
 
 func TestBuild(t *testing.T) {
-	b := NewBuilder(`gate"way`, 99)
+	b := NewBuilder(`gate"way`, 99, nil)
 	id := MakeSessionID(3, 1, 77, 5)
 	frame := `{"type":"a\"b","message_id":"c\u2028d","data":{ "x" : 1.0e2 , "y":"\u0041" },"timestamp":5}`
 	var m ClientMessage
@@ -83,14 +83,14 @@ func checkTraceParent(t *testing.T, s, trace string) {
 	t.Helper()
 	var m ClientMessage
 	m.readTrace([]byte(s))
-	if string(m.TraceID) != trace {
+	if string(m.TraceID) != trace || string(m.TraceParent) != s {
 		t.Fatalf("traceparent %q of trace %q", s, trace)
 	}
 }
 
 // A record from the HTTP API has no session, one without a name no client_msg_id.
 func TestBuildLeavesOut(t *testing.T) {
-	b := NewBuilder("g", 1)
+	b := NewBuilder("g", 1, nil)
 	m := ClientMessage{Type: []byte("m"), Data: []byte("null"), TraceID: []byte(strings.Repeat("ab", 16))}
 	u := b.Build(&m, "u", 0, 5)
 	var fields map[string]any
@@ -109,7 +109,7 @@ func TestBuildLeavesOut(t *testing.T) {
 
 // A record keeps nothing of the frame it was made of, and a pooled one nothing of the one before.
 func TestRecordsOwnTheirBytes(t *testing.T) {
-	b := NewBuilder("g", 1)
+	b := NewBuilder("g", 1, nil)
 	frame := []byte(`{"type":"m","message_id":"first","data":{"k":"value"}}`)
 	var m ClientMessage
 	if err := ParseClient(frame, &m); err != nil {
@@ -138,7 +138,7 @@ func TestRecordsOwnTheirBytes(t *testing.T) {
 }
 
 func TestBuildHugeData(t *testing.T) {
-	b := NewBuilder("g", 1)
+	b := NewBuilder("g", 1, nil)
 	m := ClientMessage{Type: []byte("m"), Data: []byte(`"` + strings.Repeat("x", 1<<20) + `"`)}
 	checkBuilt(t, b, &m)
 	u := b.Build(&m, "u", 1, 1)
@@ -149,7 +149,7 @@ func TestBuildHugeData(t *testing.T) {
 }
 
 func TestBuildDoesNotAllocate(t *testing.T) {
-	b := NewBuilder("gateway-1", 1)
+	b := NewBuilder("gateway-1", 1, nil)
 	var m ClientMessage
 	if err := ParseClient(typicalFrame(), &m); err != nil {
 		t.Fatal(err)
@@ -161,7 +161,7 @@ func TestBuildDoesNotAllocate(t *testing.T) {
 }
 
 func BenchmarkBuild(b *testing.B) {
-	builder := NewBuilder("gateway-1", 1)
+	builder := NewBuilder("gateway-1", 1, nil)
 	var m ClientMessage
 	if err := ParseClient(typicalFrame(), &m); err != nil {
 		b.Fatal(err)

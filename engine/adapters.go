@@ -14,6 +14,7 @@ import (
 	"im-gateway/codec"
 	"im-gateway/registry"
 	"im-gateway/shard"
+	"im-gateway/tracing"
 	"im-gateway/transport"
 )
 
@@ -253,6 +254,10 @@ func (p *publisher) Publish(ctx context.Context, from Caller, frame []byte) (Pub
 			return refuse(bad.Message)
 		}
 		return refuse("the body is not a message")
+	}
+	if in, ok := tracing.FromContext(ctx); ok && len(m.TraceParent) == 0 { // the envelope's own counts before it
+		m.TraceParent = in.AppendTraceParent(nil)
+		m.TraceID = m.TraceParent[3:35]
 	}
 	if from.Session != "" {
 		posted, err := p.server.Post(ctx, from.User, from.Session, frame, &m)

@@ -17,6 +17,7 @@ import (
 
 	"im-gateway/codec"
 	"im-gateway/codec/logicpb"
+	"im-gateway/tracing"
 	"im-gateway/transport"
 )
 
@@ -58,6 +59,7 @@ type APIOptions struct {
 	Publisher       Publisher
 	PublishDeadline time.Duration // longer than the upstream path's own
 	UpstreamTopic   string
+	Tracer          *tracing.Tracer // nil: requests are not traced
 	Logger          zerolog.Logger
 	Registerer      prometheus.Registerer
 }
@@ -117,7 +119,8 @@ type call struct {
 	route *route
 	w     http.ResponseWriter
 	r     *http.Request
-	id    string // of the request
+	id    string      // of the request
+	span  *codec.Span // nil: it is not traced
 	// status and note are for the log.
 	status int
 	note   error
@@ -222,7 +225,22 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.Set("Cache-Control", "no-store")
 	defer c.finish(started)
 	c.cors()
+	if !c.route.light && c.route != a.other {
+		c.trace()
+	}
 	c.dispatch()
+}
+
+// trace begins the request's span, where it is traced, and lets those know the trace who are called
+// because of the request.
+func (c *call) trace() {
+	var told codec.TraceContext
+	if v := c.r.Header.Values("traceparent"); len(v) == 1 {
+		told, _ = codec.ParseTraceParent(v[0])
+	}
+	if told, c.span = c.api.o.Tracer.Begin(told); told != (codec.TraceContext{}) {
+		c.r = c.r.WithContext(tracing.NewContext(c.r.Context(), told))
+	}
 }
 
 func (c *call) dispatch() {
@@ -259,6 +277,9 @@ func (c *call) finish(started time.Time) {
 		if c.status == 0 {
 			c.fail(http.StatusInternalServerError, "INTERNAL", "internal error")
 		}
+	}
+	if c.span != nil {
+		c.api.o.Tracer.HTTP(c.span, c.r.Method, c.route.path, c.status)
 	}
 	took := time.Since(started)
 	c.route.seconds.Observe(took.Seconds())
@@ -306,7 +327,7 @@ func (c *call) cors() {
 	h.Set("Access-Control-Expose-Headers", "Retry-After, X-Request-Id")
 	if c.r.Method == http.MethodOptions && c.r.Header.Get("Access-Control-Request-Method") != "" {
 		h.Set("Access-Control-Allow-Methods", strings.Join(c.route.methods, ", "))
-		h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id")
+		h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id, traceparent")
 		h.Set("Access-Control-Max-Age", "600")
 	}
 }

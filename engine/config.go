@@ -33,6 +33,7 @@ type Config struct {
 	Takeover  TakeoverRules `koanf:"takeover"`
 	Drain     Drain         `koanf:"drain"`
 	Log       Log           `koanf:"log"`
+	Tracing   Tracing       `koanf:"tracing"`
 }
 
 // HTTP is the public port: WebSocket and the HTTP API.
@@ -419,4 +420,20 @@ type Log struct {
 	Level string `koanf:"level" oneof:"trace|debug|info|warn|error"`
 	// json: one object per line; console: for people; auto: console on a terminal, json elsewhere.
 	Format string `koanf:"format" oneof:"auto|json|console"`
+}
+
+// Tracing is OpenTelemetry tracing. A traceparent that comes with a message is handed on in any case.
+type Tracing struct {
+	// The collector that spans are sent to, by OTLP over gRPC (port 4317 as a rule). Empty: nothing is
+	// traced.
+	Endpoint string `koanf:"endpoint" check:"hostport"`
+	// The part of the traces that begin at this gateway that is recorded, chosen by the trace id. For a
+	// trace that comes with a traceparent its sampled flag counts.
+	SampleRatio float64 `koanf:"sample_ratio" range:"0..1"`
+	// Spans begun per second at the most; what goes beyond is not traced: any client may ask for it. Cost:
+	// about 20 us of CPU each.
+	SpansPerSecond int `koanf:"spans_per_second" range:"1..1000000"`
+	// The name of this service in the traces.
+	ServiceName string `koanf:"service_name" required:"true"`
+	TLS         TLS    `koanf:"tls"`
 }

@@ -93,6 +93,10 @@ const (
 
 	DefaultCloseRate = 2000
 
+	DefaultSampleRatio    = 0.01
+	DefaultSpansPerSecond = 1000
+	DefaultServiceName    = "im-gateway"
+
 	DefaultLogLevel  = "info"
 	DefaultLogFormat = "auto"
 
@@ -178,5 +182,6 @@ func Default() Config {
 		Takeover: TakeoverRules{After: DefaultTakeoverAfter, Quiet: DefaultTakeoverQuiet, MaxTopics: DefaultTakeoverMaxTopics},
 		Drain:    Drain{Window: DefaultDrainWindow, CloseRate: DefaultCloseRate, Deadline: DefaultDrainDeadline},
 		Log:      Log{Level: DefaultLogLevel, Format: DefaultLogFormat},
+		Tracing:  Tracing{SampleRatio: DefaultSampleRatio, SpansPerSecond: DefaultSpansPerSecond, ServiceName: DefaultServiceName},
 	}
 }

@@ -100,6 +100,8 @@ func (o *option) wants() string {
 		s = "a number of bytes (such as 65536 or 64KiB)"
 	case o.kind.Kind() == reflect.Int:
 		s = "a whole number"
+	case o.kind.Kind() == reflect.Float64:
+		s = "a number"
 	case o.kind.Kind() == reflect.Bool:
 		s = "true or false"
 	default:
@@ -130,6 +132,8 @@ func (o *option) parse(raw any) (v any, ok bool) {
 		return parseDuration(raw)
 	case o.kind.Kind() == reflect.Int:
 		return parseInt(raw, o.unit == "bytes")
+	case o.kind.Kind() == reflect.Float64:
+		return parseFloat(raw)
 	case o.kind.Kind() == reflect.Bool:
 		return parseBool(raw)
 	default:
@@ -201,6 +205,19 @@ func parseInt(raw any, bytes bool) (any, bool) {
 	return nil, false
 }
 
+func parseFloat(raw any) (any, bool) {
+	switch raw := raw.(type) {
+	case int:
+		return float64(raw), true
+	case float64:
+		return raw, true
+	case string:
+		f, err := strconv.ParseFloat(raw, 64)
+		return f, err == nil
+	}
+	return nil, false
+}
+
 // byteUnits are the suffixes of a number of bytes, largest first.
 var byteUnits = [...]struct {
 	suffix string
@@ -227,6 +244,8 @@ func (o *option) inRange(v any) bool {
 	switch v := v.(type) {
 	case int:
 		return minimum.(int) <= v && v <= maximum.(int)
+	case float64:
+		return minimum.(float64) <= v && v <= maximum.(float64)
 	case time.Duration:
 		return minimum.(time.Duration) <= v && v <= maximum.(time.Duration)
 	}

@@ -55,6 +55,7 @@ kafka:
   tls:
 admin.addr: "127.0.0.1:1"
 drain: {window: 0}
+tracing: {sample_ratio: 0.5}
 `)
 	l := load(t, Sources{
 		File: file,
@@ -81,6 +82,7 @@ drain: {window: 0}
 		{"admin.addr", c.Admin.Addr, "127.0.0.1:2", "environment IM_ADMIN_ADDR"},
 		{"drain.window", c.Drain.Window, time.Duration(0), "file " + file},
 		{"drain.deadline", c.Drain.Deadline, DefaultDrainDeadline, sourceDefault},
+		{"tracing.sample_ratio", c.Tracing.SampleRatio, 0.5, "file " + file},
 	} {
 		if !reflect.DeepEqual(tc.got, tc.want) || l.source[tc.key] != tc.source {
 			t.Errorf("%s = %v from %s, want %v from %s", tc.key, tc.got, l.source[tc.key], tc.want, tc.source)
@@ -179,6 +181,15 @@ func TestProblems(t *testing.T) {
 		{"admin tls wrong way round", "ADMIN_TLS_CERT_FILE=" + key + " ADMIN_TLS_KEY_FILE=" + cert, "admin.tls.cert_file"},
 		{"http write timeout", "HTTP_WRITE_TIMEOUT=10s", "http.write_timeout"},
 		{"drain", "DRAIN_WINDOW=25s", "drain.deadline"},
+		{"tracing", "TRACING_ENDPOINT=otel:4317 TRACING_SAMPLE_RATIO=0.25", ""},
+		{"tracing nothing that begins", "TRACING_SAMPLE_RATIO=0", ""},
+		{"tracing everything", "TRACING_SAMPLE_RATIO=1", ""},
+		{"ratio above", "TRACING_SAMPLE_RATIO=1.001", "tracing.sample_ratio"},
+		{"ratio below", "TRACING_SAMPLE_RATIO=-0.1", "tracing.sample_ratio"},
+		{"ratio no number", "TRACING_SAMPLE_RATIO=NaN", "tracing.sample_ratio"},
+		{"ratio in percent", "TRACING_SAMPLE_RATIO=1%", "tracing.sample_ratio"},
+		{"collector without port", "TRACING_ENDPOINT=otel", "tracing.endpoint"},
+		{"collector's tls", "TRACING_TLS_CA_FILE=" + cert, "tracing.tls.enabled"},
 		{"unknown variable", "SHARDS=3", "IM_SHARDS"},
 		{"of an orchestrator", "LOGIC_SERVICE_HOST=10.0.0.1 LOGIC_PORT=tcp://10.0.0.1:90 " +
 			"GATEWAY_PORT_8080_TCP_ADDR=10.0.0.2 GATEWAY_SERVICE_PORT_HTTP=80 GATEWAY_PORT_8080_TCP=x", ""},

@@ -375,7 +375,7 @@ func (c *Config) crossProblems() []Problem {
 	for _, t := range []struct {
 		prefix string
 		tls    TLS
-	}{{"kafka", c.Kafka.TLS}, {"redis", c.Redis.TLS}, {"etcd", c.Etcd.TLS}, {"logic", c.Logic.TLS}} {
+	}{{"kafka", c.Kafka.TLS}, {"redis", c.Redis.TLS}, {"etcd", c.Etcd.TLS}, {"logic", c.Logic.TLS}, {"tracing", c.Tracing.TLS}} {
 		if (t.tls.CertFile == "") != (t.tls.KeyFile == "") {
 			add(t.prefix+".tls.cert_file", "must be given together with %s.tls.key_file", t.prefix)
 		}

@@ -15,13 +15,17 @@ func TestDependencies(t *testing.T) {
 		"transport": {"codec"},
 		"shard":     {"codec"},
 		"broker":    {"codec"},
+		"tracing":   {"codec"},
 		"bench":     {"codec", "bench"},
-		"engine":    {"codec", "transport", "shard", "broker", "registry", "engine"},
+		"engine":    {"codec", "transport", "shard", "broker", "registry", "tracing", "engine"},
 
 		"engine/adminpage": {"codec"},
 	}
 	for pkg, may := range allowed {
 		for _, dep := range goList(t, "{{join .Imports \"\\n\"}}", module+pkg) {
+			if strings.HasPrefix(dep, "go.opentelemetry.io/") && pkg != "tracing" {
+				t.Errorf("%s imports %s", pkg, dep)
+			}
 			ours, found := strings.CutPrefix(dep, module)
 			if !found {
 				continue

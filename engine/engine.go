@@ -22,8 +22,10 @@ import (
 	"google.golang.org/grpc"
 
 	"im-gateway/broker"
+	"im-gateway/codec"
 	"im-gateway/registry"
 	"im-gateway/shard"
+	"im-gateway/tracing"
 	"im-gateway/transport"
 )
 
@@ -58,6 +60,8 @@ type Engine struct {
 	owner        *registry.Owner
 	gateways     *registry.Gateways
 	redis        rueidis.Client
+	sampler      *codec.Sampler  // nil: nothing is traced
+	tracer       *tracing.Tracer // nil as well
 	shards       *shard.Set
 	presence     *presenceBridge
 	peers        *Peers

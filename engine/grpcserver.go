@@ -25,6 +25,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"im-gateway/codec/gatewaypb"
+	"im-gateway/tracing"
 )
 
 const (
@@ -45,7 +46,8 @@ type GRPCOptions struct {
 	Version    string
 	Sessions   Sessions
 	Operator   gatewaypb.AdminServiceServer
-	Acting     *actingToken // that AdminService asks for
+	Acting     *actingToken    // that AdminService asks for
+	Tracer     *tracing.Tracer // nil: calls are not traced
 	Logger     zerolog.Logger
 	Registerer prometheus.Registerer
 }
@@ -86,9 +88,13 @@ func NewGRPCServer(o GRPCOptions) (*GRPCServer, error) {
 	if err := o.Registerer.Register(s.calls); err != nil {
 		return nil, fmt.Errorf("register the gRPC server's metrics: %w", err)
 	}
+	calls := []grpc.UnaryServerInterceptor{s.unary}
+	if o.Tracer != nil {
+		calls = []grpc.UnaryServerInterceptor{o.Tracer.Server, s.unary}
+	}
 	s.server = grpc.NewServer(
 		grpc.Creds(transportCredentials(o.TLS)),
-		grpc.UnaryInterceptor(s.unary),
+		grpc.ChainUnaryInterceptor(calls...),
 		grpc.StreamInterceptor(s.stream),
 		grpc.MaxConcurrentStreams(grpcStreams),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{

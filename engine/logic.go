@@ -15,6 +15,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/resolver"
+
+	"im-gateway/tracing"
 )
 
 // etcdScheme begins a logic.target that is found in etcd.
@@ -58,6 +60,7 @@ type LogicOptions struct {
 	Target   string           // etcd:///NAME or host:port
 	TLS      *tls.Config      // nil: no TLS
 	Resolver resolver.Builder // of the etcd scheme; required by an etcd target
+	Tracer   *tracing.Tracer  // nil: calls are not traced
 	// DialOptions are appended, for tests.
 	DialOptions []grpc.DialOption
 }
@@ -80,6 +83,7 @@ func NewLogic(o LogicOptions) (*grpc.ClientConn, error) {
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: logicKeepalive, Timeout: logicKeepaliveTimeout}),
 		grpc.WithConnectParams(connectParams(5 * time.Second)),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(logicMaxAnswer)),
+		grpc.WithUnaryInterceptor(o.Tracer.Client),
 		// Users must not wait for the first dial after a quiet night.
 		grpc.WithIdleTimeout(0),
 	}

@@ -14,13 +14,14 @@ import (
 	"im-gateway/codec/logicpb"
 	"im-gateway/registry"
 	"im-gateway/shard"
+	"im-gateway/tracing"
 	"im-gateway/transport"
 )
 
 // start brings the parts up in order. What it has started when it fails, stop ends.
 func (e *Engine) start(ctx context.Context) error {
 	for _, step := range []func(context.Context) error{
-		e.startAdmin, e.startEtcd, e.startTopics, e.startRedis, e.startKeys, e.startDenyList, e.startShards, e.startKafka,
+		e.startAdmin, e.startEtcd, e.startTopics, e.startRedis, e.startKeys, e.startDenyList, e.startTracing, e.startShards, e.startKafka,
 		e.startListener, e.startRegistration,
 	} {
 		if err := step(ctx); err != nil {
@@ -160,7 +161,7 @@ func (e *Engine) brokerOptions() (broker.Options, error) {
 		UndeliveredTopic: k.UndeliveredTopic, DeadletterTopic: k.DeadletterTopic, UserEventsTopic: k.UserEventsTopic,
 		MaxInFlightRecords: k.MaxInFlightRecords, MaxInFlightBytes: k.MaxInFlightBytes,
 		FlushMessages: k.FlushMessages, FlushBytes: k.FlushBytes, FlushInterval: k.FlushInterval,
-		UnavailableAfter: k.AckDeadline, Begin: e.begin,
+		UnavailableAfter: k.AckDeadline, Begin: e.begin, Sampler: e.sampler, Traced: e.tracer.Downstream,
 		CreateShared: k.CreateSharedTopics, Strict: k.Strict,
 		DownstreamPartitions: k.DownstreamPartitions, DownstreamReplication: k.DownstreamReplication,
 		DownstreamRetention: k.DownstreamRetention,
@@ -297,6 +298,33 @@ func (e *Engine) startDenyList(ctx context.Context) error {
 	return nil
 }
 
+// startTracing makes nothing unless there is a collector: what it would make then stays nil.
+func (e *Engine) startTracing(context.Context) error {
+	c := &e.cfg.Tracing
+	if c.Endpoint == "" {
+		return nil
+	}
+	collectorTLS, err := c.TLS.Client()
+	if err != nil {
+		return fmt.Errorf("tracing.tls: %w", err)
+	}
+	e.sampler = codec.NewSampler(c.SampleRatio, c.SpansPerSecond)
+	scheme := "http"
+	if e.cfg.HTTP.TLS.CertFile != "" {
+		scheme = "https"
+	}
+	e.tracer, err = tracing.New(tracing.Options{
+		Endpoint: c.Endpoint, TLS: collectorTLS, ServiceName: c.ServiceName, Version: Version(), GatewayID: e.cfg.GatewayID,
+		Sampler: e.sampler, UpstreamTopic: e.cfg.Kafka.UpstreamTopic, DownstreamPrefix: e.cfg.Kafka.DownstreamTopicPrefix,
+		Scheme: scheme, Logger: e.log, Registerer: e.metrics,
+	})
+	if err != nil {
+		return err
+	}
+	e.goTask("tracing", e.tracer.Run)
+	return nil
+}
+
 // startShards makes the parts that know each other, and starts all but the listener.
 func (e *Engine) startShards(context.Context) error {
 	opts, err := e.brokerOptions()
@@ -334,6 +362,7 @@ func (e *Engine) startShards(context.Context) error {
 		Replaced: func(user, gateway, session string) {
 			e.peers.Kick(PeerKick{GatewayID: gateway, User: user, Session: session, Reason: "replaced by a newer session"})
 		},
+		Traced: e.tracer.Upstream,
 		Logger: e.log, Registerer: e.metrics,
 	})
 	if err != nil {
@@ -372,12 +401,12 @@ func (e *Engine) newServer() (*transport.Server, error) {
 		return nil, fmt.Errorf("logic.tls: %w", err)
 	}
 	e.logic, err = NewLogic(LogicOptions{
-		Target: e.cfg.Logic.Target, TLS: logicTLS, Resolver: registry.NewResolver(e.etcd, e.log),
+		Target: e.cfg.Logic.Target, TLS: logicTLS, Resolver: registry.NewResolver(e.etcd, e.log), Tracer: e.tracer,
 	})
 	if err != nil {
 		return nil, err
 	}
-	messages := &publisher{shards: e.shards, builder: codec.NewBuilder(e.cfg.GatewayID, e.nonce)}
+	messages := &publisher{shards: e.shards, builder: codec.NewBuilder(e.cfg.GatewayID, e.nonce, e.sampler)}
 	e.watch(dependencyLogic, func(ctx context.Context) error { return WaitLogic(ctx, e.logic) })
 	api, err := NewAPI(APIOptions{
 		Settings:        apiSettings(&e.cfg),
@@ -385,7 +414,7 @@ func (e *Engine) newServer() (*transport.Server, error) {
 		Authenticate:    authenticate(e.verifier),
 		Publisher:       messages,
 		PublishDeadline: e.cfg.Kafka.AckDeadline + 2*time.Second,
-		UpstreamTopic:   e.cfg.Kafka.UpstreamTopic, Logger: e.log, Registerer: e.metrics,
+		UpstreamTopic:   e.cfg.Kafka.UpstreamTopic, Tracer: e.tracer, Logger: e.log, Registerer: e.metrics,
 	})
 	if err != nil {
 		return nil, err
@@ -401,7 +430,7 @@ func (e *Engine) newServer() (*transport.Server, error) {
 	}
 	messages.server, err = transport.New(transport.Options{
 		Addr: e.cfg.HTTP.Addr, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,
-		Sink: e.shards, API: api, Settings: transportSettings(&e.cfg, e.verifier),
+		Sink: e.shards, API: api, Sampler: e.sampler, Settings: transportSettings(&e.cfg, e.verifier),
 		HeadBytes: w.HeadBytes, HandshakeTimeout: w.HandshakeTimeout, Heartbeat: w.Heartbeat,
 		HTTPReadTimeout: e.cfg.HTTP.ReadTimeout, HTTPWriteTimeout: e.cfg.HTTP.WriteTimeout, HTTPIdleTimeout: e.cfg.HTTP.IdleTimeout,
 		Compression: transport.Compression{Enabled: w.Compression.Enabled, Threshold: w.Compression.ThresholdBytes, Level: w.Compression.Level},
@@ -471,7 +500,7 @@ func (e *Engine) startListener(ctx context.Context) error {
 	e.operator.serve(operatorParts{sessions: held, measure: e.shards.Measure, locate: e.presence.store.Locate})
 	e.grpc, err = NewGRPCServer(GRPCOptions{
 		Addr: e.cfg.GRPC.Addr, Token: e.cfg.GRPC.Token, TLS: grpcTLS, GatewayID: e.cfg.GatewayID, Version: Version(),
-		Sessions: held, Operator: e.operator, Acting: e.acting,
+		Sessions: held, Operator: e.operator, Acting: e.acting, Tracer: e.tracer,
 		Logger: e.log, Registerer: e.metrics,
 	})
 	if err != nil {

@@ -46,7 +46,7 @@ func (e *Engine) stop(failure error) {
 			e.log.Warn().Err(err).Msg("public port not stopped in order")
 		}
 	}
-	for _, name := range []string{"grpc", "public port", "start grace", "kafka consumer", "kafka producer", "peers", "presence", "shards", "gateways", "owner"} {
+	for _, name := range []string{"grpc", "public port", "start grace", "kafka consumer", "kafka producer", "peers", "presence", "shards", "tracing", "gateways", "owner"} {
 		e.task(name).end(ctx)
 	}
 	for _, d := range e.dependencies.states() {

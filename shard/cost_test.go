@@ -94,7 +94,7 @@ var typeM, nameC, dataOne = []byte("m"), []byte("0000"), []byte("1")
 func TestUpstreamPathDoesNotAllocate(t *testing.T) {
 	q := newQuiet(t, time.Now)
 	q.open(1)
-	builder, batch := codec.NewBuilder("g", 7), codec.NewIngressBatch(0)
+	builder, batch := codec.NewBuilder("g", 7, nil), codec.NewIngressBatch(0)
 	q.upstream(builder, batch)
 	m := codec.ClientMessage{Type: typeM, ClientMsgID: nameC, Data: dataOne}
 	build := testing.AllocsPerRun(1000, func() { builder.Build(&m, "user", sessionID(0, 1), 1).Release() })
@@ -193,7 +193,7 @@ func TestTickIsBounded(t *testing.T) {
 	}
 
 	// The same for records whose deadline has passed at once.
-	builder := codec.NewBuilder("g", 7)
+	builder := codec.NewBuilder("g", 7, nil)
 	m := codec.ClientMessage{Type: typeM, ClientMsgID: nameC, Data: dataOne}
 	for i := range uint32(n) {
 		s.onMessage(builder.Build(&m, "user", sessionID(i, 1), 1))
@@ -341,7 +341,7 @@ func TestKickReasonFits(t *testing.T) {
 func BenchmarkUpstream(b *testing.B) {
 	q := newQuiet(b, time.Now)
 	q.open(1)
-	builder, batch := codec.NewBuilder("g", 7), codec.NewIngressBatch(0)
+	builder, batch := codec.NewBuilder("g", 7, nil), codec.NewIngressBatch(0)
 	b.ReportAllocs()
 	for b.Loop() {
 		q.upstream(builder, batch)
@@ -354,7 +354,7 @@ func BenchmarkRouteBatch(b *testing.B) {
 	const sessions, size = 250_000, 256
 	q := newQuiet(b, time.Now)
 	q.open(sessions)
-	builder := codec.NewBuilder("g", 7)
+	builder := codec.NewBuilder("g", 7, nil)
 	m := codec.ClientMessage{Type: typeM, ClientMsgID: nameC, Data: dataOne}
 	var took time.Duration
 	b.ReportAllocs()

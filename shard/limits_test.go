@@ -21,7 +21,7 @@ type limited struct {
 
 // limitedUser is a shard that takes so much of each user.
 func limitedUser(t *testing.T, messages, bytes int) *limited {
-	l := &limited{t: t, now: time.Unix(1_760_000_000, 0), builder: codec.NewBuilder("g", 7)}
+	l := &limited{t: t, now: time.Unix(1_760_000_000, 0), builder: codec.NewBuilder("g", 7, nil)}
 	l.quiet = newQuiet(t, func() time.Time { return l.now })
 	l.s.opts.MaxSessions = 4
 	l.alter(func(n *Settings) {

@@ -43,7 +43,7 @@ type world struct {
 
 func newWorld(t testing.TB, change func(*Options)) *world {
 	w := &world{t: t, sent: map[codec.SessionID][]string{}, closed: map[codec.SessionID]codec.CloseCode{},
-		queue: make(chan *codec.UpstreamBatch, 64), builder: codec.NewBuilder("g", 7)}
+		queue: make(chan *codec.UpstreamBatch, 64), builder: codec.NewBuilder("g", 7, nil)}
 	w.presence = func(op PresenceOp) *PresenceResult {
 		return &PresenceResult{Kind: op.Kind, Session: op.Session, Version: 1}
 	}

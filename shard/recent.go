@@ -182,5 +182,5 @@ func (s *shard) answerAgain(ses *session, u *codec.Upstream, e *recentEntry) {
 	u.Result = codec.UpstreamResult{Partition: e.partition, Offset: e.offset}
 	u.MessageID = append(u.MessageID[:0], e.messageID[:]...)
 	s.acknowledge(ses, u)
-	u.Release()
+	s.done(u, codec.OK)
 }

@@ -20,7 +20,7 @@ type retrier struct {
 }
 
 func newRetrier(t *testing.T, remember int) *retrier {
-	r := &retrier{t: t, builder: codec.NewBuilder("g", 7), time: time.UnixMilli(1_000_000)}
+	r := &retrier{t: t, builder: codec.NewBuilder("g", 7, nil), time: time.UnixMilli(1_000_000)}
 	r.quiet = newQuiet(t, func() time.Time { return r.time })
 	r.s.recent = newRecent(remember)
 	return r

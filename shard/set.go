@@ -59,6 +59,9 @@ type Options struct {
 	// Replaced is told of a session on another gateway that a claim here has replaced. It must not
 	// block.
 	Replaced func(user, gatewayID, session string)
+	// Traced is told of a message with a span once its fate, u.Result, is known. It must not block and
+	// keeps nothing of the record but the span; nil: nobody is told.
+	Traced func(u *codec.Upstream)
 
 	Logger     zerolog.Logger
 	Registerer prometheus.Registerer

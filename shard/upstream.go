@@ -43,7 +43,7 @@ func (s *shard) onMessage(u *codec.Upstream) {
 	if ses == nil || ses.state == closing {
 		s.metrics.orphans.Inc()
 		s.reply(u, codec.UpstreamResult{Code: codec.SessionNotFound})
-		u.Release()
+		s.done(u, codec.SessionNotFound)
 		return
 	}
 	ses.in++
@@ -55,14 +55,14 @@ func (s *shard) onMessage(u *codec.Upstream) {
 	case beyondRate:
 		s.metrics.userRate.Inc()
 		s.refuse(ses, u, codec.RateLimited, retry)
-		u.Release()
+		s.done(u, codec.RateLimited)
 		return
 	case farBeyond:
 		s.metrics.userFlood.Inc()
 		s.metrics.refuse(codec.RateLimited)
 		s.reply(u, codec.UpstreamResult{Code: codec.RateLimited})
 		s.close(ses, codec.ClosePolicy, "too many messages")
-		u.Release()
+		s.done(u, codec.RateLimited)
 		return
 	case withinRate:
 	}
@@ -83,7 +83,7 @@ func (s *shard) onMessage(u *codec.Upstream) {
 	}
 	if code != codec.OK {
 		s.refuse(ses, u, code, retry)
-		u.Release()
+		s.done(u, code)
 		return
 	}
 	ses.inFlight++
@@ -162,7 +162,7 @@ func (s *shard) onPublish(u *codec.Upstream) {
 	if code != codec.OK {
 		s.metrics.refuse(code)
 		s.reply(u, codec.UpstreamResult{Code: code, RetryAfterMS: retry})
-		u.Release()
+		s.done(u, code)
 		return
 	}
 	s.accept(u)
@@ -192,12 +192,21 @@ func (s *shard) onResults(b *codec.UpstreamBatch) {
 			again.Result, again.MessageID = u.Result, append(again.MessageID[:0], u.MessageID...)
 			s.current = again.Session
 			s.answer(again)
-			again.Release()
+			s.done(again, again.Result.Code)
 			again = next
 		}
-		u.Release()
+		s.done(u, u.Result.Code)
 	}, nil)
 	clear(b.Records)
+}
+
+// done gives a record back whose fate is known; that of a traced one is told.
+func (s *shard) done(u *codec.Upstream, code codec.Code) {
+	if u.Span != nil && s.opts.Traced != nil {
+		u.Result.Code = code
+		s.opts.Traced(u)
+	}
+	u.Release()
 }
 
 // answer tells the sender of a record its result.

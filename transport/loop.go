@@ -121,7 +121,7 @@ func newLoop(s *Server, index int) *loop {
 	if s.opts.Echo {
 		return l
 	}
-	l.builder = codec.NewBuilder(s.opts.GatewayID, s.opts.Nonce)
+	l.builder = codec.NewBuilder(s.opts.GatewayID, s.opts.Nonce, s.opts.Sampler)
 	l.shards = make([]shardLink, s.opts.Sink.N())
 	for i := range l.shards {
 		l.shards[i].egress.l = l

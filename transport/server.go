@@ -39,7 +39,8 @@ type Options struct {
 	GatewayID string
 	Nonce     uint64 // of session names
 	Sink      Sink
-	API       http.Handler // serves every request that is no upgrade of /ws
+	API       http.Handler   // serves every request that is no upgrade of /ws
+	Sampler   *codec.Sampler // says which messages are traced; nil: none
 
 	Settings Settings // until others are applied
 

@@ -79,7 +79,7 @@ func newDriver(o Options) (*driver, error) {
 	d := &driver{
 		opts:     o,
 		registry: prometheus.NewRegistry(),
-		builder:  codec.NewBuilder("bench", 1),
+		builder:  codec.NewBuilder("bench", 1, nil),
 		random:   rand.New(rand.NewPCG(1, 2)),
 		content:  []byte(`"` + strings.Repeat("x", o.Size) + `"`),
 		links:    make([]link, o.Shards*o.Loops),

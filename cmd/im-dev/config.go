@@ -46,6 +46,7 @@ func loadConfig(o options, environ []string) (engine.Config, error) {
 			"sessions.policy":            "allow:5", // several tabs of one user
 			"limits.logins_per_ip":       "0",       // all come from this machine, and some are scripts
 			"limits.logins_per_name":     "0",
+			"tracing.sample_ratio":       "1", // who names a collector wants to see something
 			"drain.window":               devDrain.String(),
 			"drain.deadline":             (devDrain + def.Drain.Deadline).String(),
 		} {

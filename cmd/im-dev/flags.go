@@ -46,7 +46,8 @@ Usage: im-dev [flags]
   -external         use real Kafka, etcd and Redis, given by -config, IM_... variables and flags as
                     im-gateway takes them; still with the reference im-logic and the page
   -config FILE      the gateway's configuration, with -external
-  -KEY VALUE        any key of the gateway's configuration, such as -websocket.heartbeat 5s
+  -KEY VALUE        any key of the gateway's configuration, such as -websocket.heartbeat 5s, or
+                    -tracing.endpoint 127.0.0.1:4317 to have every message traced
 
 Port 0 stands for a free one. An address without a host, such as :8080, is reachable from other
 machines; give -http and -page so to open the page on a phone.

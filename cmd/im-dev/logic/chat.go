@@ -35,6 +35,7 @@ type delivery struct {
 	kind    string
 	id      string // message_id
 	trace   string
+	parent  string // the traceparent of the record that led to it
 	data    json.RawMessage
 	now     int64 // Unix ms
 }
@@ -324,7 +325,7 @@ func (t *turn) answerAs(id, kind string, data json.RawMessage) {
 
 func (t *turn) to(users []string, kind, id string, data json.RawMessage) {
 	t.out = append(t.out, delivery{
-		users: users, kind: kind, id: id, trace: t.in.TraceID, data: data, now: t.nowMS,
+		users: users, kind: kind, id: id, trace: t.in.TraceID, parent: t.in.traceParent, data: data, now: t.nowMS,
 	})
 }
 

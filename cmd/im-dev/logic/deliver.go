@@ -153,7 +153,10 @@ func (d *deliverer) produce(ctx context.Context, b *delivery, gateway string, us
 	// Keyed by the (first) user, so that what one user gets stays in order.
 	out := &kgo.Record{Topic: d.prefix + gateway, Key: []byte(users[0]), Value: encode(record)}
 	if shared {
-		out.Headers = []kgo.RecordHeader{{Key: "im-hop", Value: []byte("1")}}
+		out.Headers = append(out.Headers, kgo.RecordHeader{Key: "im-hop", Value: []byte("1")})
+	}
+	if b.parent != "" {
+		out.Headers = append(out.Headers, kgo.RecordHeader{Key: headerTraceParent, Value: []byte(b.parent)})
 	}
 	d.kafka.Produce(context.WithoutCancel(ctx), out, func(r *kgo.Record, err error) {
 		switch {

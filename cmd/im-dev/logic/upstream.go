@@ -19,6 +19,9 @@ const (
 	produceRecords = 10_000
 	produceBytes   = 64 << 20
 
+	// headerTraceParent carries the W3C trace context of a record.
+	headerTraceParent = "traceparent"
+
 	sessionTimeout = 10 * time.Second
 	// commitTimeout bounds one commit. Without it what was consumed is consumed again after a
 	// restart, and recognised.
@@ -79,6 +82,11 @@ func (s *Service) consume(ctx context.Context) error {
 				s.logger.Warn().Int32("partition", r.Partition).Int64("offset", r.Offset).
 					Msg("an upstream record is malformed and was passed over")
 				return
+			}
+			for _, h := range r.Headers {
+				if h.Key == headerTraceParent {
+					in.traceParent = string(h.Value)
+				}
 			}
 			batch = append(batch, s.chat.handle(&in, now)...)
 		})

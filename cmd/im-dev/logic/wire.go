@@ -18,6 +18,8 @@ type upstream struct {
 	ClientMsgID string          `json:"client_msg_id"`
 	Data        json.RawMessage `json:"data"`
 	Timestamp   int64           `json:"timestamp"`
+
+	traceParent string // the record's header; handed on with what the record leads to
 }
 
 // downstream is a record of a gateway's topic.
