@@ -21,6 +21,7 @@ const (
 type Place struct {
 	GatewayID string
 	DeviceID  string
+	AnyDevice bool // not known
 }
 
 // Located is what is known of one user.
@@ -85,7 +86,7 @@ func (k *claim) routed(r route) {
 	back := false
 	for _, p := range r.found.Places {
 		switch {
-		case d.DeviceID != "" && p.DeviceID != d.DeviceID:
+		case d.DeviceID != "" && p.DeviceID != d.DeviceID && !p.AnyDevice:
 		case p.GatewayID == here:
 			back = true
 		case !slices.Contains(gateways, p.GatewayID):

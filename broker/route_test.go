@@ -1,10 +1,12 @@
 package broker
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -17,7 +19,8 @@ import (
 	"im-gateway/codec"
 )
 
-// crowd says where users are, by their names: "x@a,b" is on gateways a and b, "x!" cannot be looked up.
+// crowd says where users are, by their names: "x@a,b:d" is on gateways a and b, there with device d, "x!" cannot
+// be looked up. A device of ? is not known.
 func crowd(_ context.Context, users []string) []Located {
 	out := make([]Located, len(users))
 	for i, u := range users {
@@ -28,7 +31,7 @@ func crowd(_ context.Context, users []string) []Located {
 		if _, at, ok := strings.Cut(u, "@"); ok {
 			for _, g := range strings.Split(at, ",") {
 				g, device, _ := strings.Cut(g, ":")
-				out[i].Places = append(out[i].Places, Place{GatewayID: g, DeviceID: device})
+				out[i].Places = append(out[i].Places, Place{GatewayID: g, DeviceID: device, AnyDevice: device == "?"})
 			}
 		}
 	}
@@ -86,24 +89,25 @@ func TestRouting(t *testing.T) {
 	write(t, brokers, downTopic,
 		"", `{"target_user_ids":["nowhere","one@gw-2","two@gw-2,gw-3,gw-2","lost!","gone@dead","back@gw-1"],"message_id":"m","data":{"a":[1]},"expire_at":99999999999999,"trace_id":"tr","timestamp":7}`,
 		"", `{"target_user_id":"dev@gw-2:d1,gw-3:d2","device_id":"d2","message_id":"n","data":1}`,
+		"", `{"target_user_id":"any@gw-2:?","device_id":"d2","message_id":"o","data":1}`, // that gateway knows
 		"", `not json`)
-	balanced(t, c, map[codec.End]int{codec.EndOffline: 2, codec.EndForwarded: 4, codec.EndMoved: 2})
+	balanced(t, c, map[codec.End]int{codec.EndOffline: 2, codec.EndForwarded: 5, codec.EndMoved: 2})
 	if d.saw("m/back@gw-1") != 2 {
 		t.Errorf("a user who had come was delivered to %d times, want twice", d.saw("m/back@gw-1"))
 	}
-	second := readTopic(t, brokers, "down-gw-2", 2)
+	byKey := func(a, b *kgo.Record) int { return bytes.Compare(a.Key, b.Key) } // the shards are dispatched to in any order
+	second := readTopic(t, brokers, "down-gw-2", 3)
+	slices.SortFunc(second, byKey)
 	third := readTopic(t, brokers, "down-gw-3", 2)
-	if string(second[0].Key) != "one@gw-2" { // the shards are dispatched to in any order
-		second[0], second[1] = second[1], second[0]
+	slices.SortFunc(third, byKey)
+	if got := string(second[0].Value); got != `{"target_user_id":"any@gw-2:?","device_id":"d2","type":"new-message","message_id":"o","data":1}` {
+		t.Errorf("forwarded: %s", got)
 	}
 	want := `{"target_user_id":"one@gw-2","type":"new-message","message_id":"m","trace_id":"tr","expire_at":99999999999999,"timestamp":7,"data":{"a":[1]}}`
-	if got := string(second[0].Value); got != want || header(second[0], "im-hop") != "1" || string(second[0].Key) != "one@gw-2" {
-		t.Errorf("forwarded: %s %v", got, second[0].Headers)
+	if got := string(second[1].Value); got != want || header(second[1], "im-hop") != "1" || string(second[1].Key) != "one@gw-2" {
+		t.Errorf("forwarded: %s %v", got, second[1].Headers)
 	}
-	if strings.HasPrefix(string(third[0].Key), "dev") {
-		third[0], third[1] = third[1], third[0]
-	}
-	if got := string(third[1].Value); got != `{"target_user_id":"dev@gw-2:d1,gw-3:d2","device_id":"d2","type":"new-message","message_id":"n","data":1}` {
+	if got := string(third[0].Value); got != `{"target_user_id":"dev@gw-2:d1,gw-3:d2","device_id":"d2","type":"new-message","message_id":"n","data":1}` {
 		t.Errorf("forwarded: %s", got)
 	}
 	present := map[string]string{}

@@ -221,7 +221,7 @@ func locate(p *registry.Presence) func(context.Context, []string) []broker.Locat
 		for i, found := range p.Locate(ctx, users) {
 			out[i].Err = found.Err
 			for _, s := range found.Sessions {
-				out[i].Places = append(out[i].Places, broker.Place{GatewayID: s.GatewayID, DeviceID: s.DeviceID})
+				out[i].Places = append(out[i].Places, broker.Place{GatewayID: s.GatewayID, DeviceID: s.DeviceID, AnyDevice: s.AnyDevice})
 			}
 		}
 		return out

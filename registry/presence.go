@@ -101,6 +101,7 @@ type Location struct {
 	Version     int64
 	DeviceID    string
 	DeviceKind  string
+	AnyDevice   bool // the entry does not say which: that of a single session has no room for it
 }
 
 // PresenceOptions configure a Presence.

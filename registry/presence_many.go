@@ -298,7 +298,7 @@ func readSessions(hash map[string]string, expired int64) []Location {
 	}
 	id := hash["session_id"]
 	if _, ok := hash[sessionField+id]; !ok && hash["gateway_id"] != "" {
-		at := Location{GatewayID: hash["gateway_id"], Session: id}
+		at := Location{GatewayID: hash["gateway_id"], Session: id, AnyDevice: true}
 		at.ConnectedAt, _ = strconv.ParseInt(hash["connected_at"], 10, 64) // as in Lookup
 		at.Version, _ = strconv.ParseInt(hash["version"], 10, 64)
 		sessions = append(sessions, at)

@@ -108,7 +108,7 @@ func (m *many) check(at, user string, want ...*one) {
 		m.t.Fatalf("%s: hash %v, located %+v, want %d sessions", at, hash, locations, len(want))
 	}
 	for i, s := range want {
-		l := Location{s.gateway, s.Session, s.ConnectedAt, s.Version, s.DeviceID, s.DeviceKind}
+		l := Location{s.gateway, s.Session, s.ConnectedAt, s.Version, s.DeviceID, s.DeviceKind, false}
 		if locations[i] != l {
 			m.t.Fatalf("%s: session %d at %+v, want %+v", at, i, locations[i], l)
 		}
@@ -397,7 +397,7 @@ func TestManyBesideReplace(t *testing.T) {
 	m := newMany(t, 2, false)
 	old, _ := newPresence(t, m.c, "gw-old")
 	version := claim(t, old, "gail", "s0").Version
-	if got := m.locate("gail"); !slices.Equal(got, []Location{{GatewayID: "gw-old", Session: "s0", ConnectedAt: 1760000000000, Version: version}}) {
+	if got := m.locate("gail"); !slices.Equal(got, []Location{{GatewayID: "gw-old", Session: "s0", ConnectedAt: 1760000000000, Version: version, AnyDevice: true}}) {
 		t.Errorf("located %+v", got)
 	}
 	do(t, m.c, "PEXPIRE", PresenceKey("gail"), "5000")
