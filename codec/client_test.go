@@ -46,6 +46,8 @@ func TestParseClient(t *testing.T) {
 		{"long name", `{"type":"m","message_id":"` + long + `","data":1}`, InvalidMessage, ""},
 		{"control character", `{"type":"m","message_id":"a\u0007","data":1}`, InvalidMessage, ""},
 		{"timestamp", `{"type":"m","message_id":"n","data":1,"timestamp":"now"}`, InvalidMessage, `|n|`},
+		{"fraction as text", `{"type":"m","data":1,"timestamp":"1.5"}`, InvalidMessage, ""},
+		{"19 digits as text", `{"type":"m","data":1,"timestamp":"1234567890123456789"}`, InvalidMessage, ""},
 		{"huge timestamp", `{"type":"m","data":1,"timestamp":99999999999999999999}`, InvalidMessage, ""},
 		{"too deep", `{"type":"m","data":` + strings.Repeat("[", 70) + strings.Repeat("]", 70) + `}`, InvalidMessage, ""},
 		{"refresh without token", `{"type":"refresh-token","data":{}}`, InvalidMessage, ""},

@@ -23,7 +23,6 @@ type CloseCode uint16
 // Close codes of the RFC that the gateway sends.
 const (
 	CloseNormal      CloseCode = 1000
-	CloseGoingAway   CloseCode = 1001
 	CloseProtocol    CloseCode = 1002
 	CloseUnsupported CloseCode = 1003
 	CloseNoStatus    CloseCode = 1005 // never on the wire: the peer's close frame carried no code
@@ -32,7 +31,6 @@ const (
 	ClosePolicy      CloseCode = 1008
 	CloseTooBig      CloseCode = 1009
 	CloseInternal    CloseCode = 1011
-	CloseTryAgain    CloseCode = 1013
 )
 
 // The gateway's own close codes: after 40xx a client reconnects, after 45xx it does not, or only

@@ -277,21 +277,28 @@ func unquote(dst, inner []byte) ([]byte, bool) {
 	return append(dst, s...), true
 }
 
+// maxQuotedDigits bounds a number that is written as a string, so that every one of them fits.
+const maxQuotedDigits = 18
+
 // intValue reads a JSON number as milliseconds or a counter; fractions are cut off, and anything that
 // does not fit is refused. A string of digits counts too: some clients write 64-bit numbers so.
 func intValue(value []byte) (n int64, ok bool) {
-	if s, isString := stringValue(value); isString {
+	s, quoted := stringValue(value)
+	if quoted {
 		value = s
 	}
 	neg := len(value) > 0 && value[0] == '-'
 	if neg {
 		value = value[1:]
 	}
-	if len(value) == 0 {
+	if len(value) == 0 || quoted && len(value) > maxQuotedDigits {
 		return 0, false
 	}
 	for i, c := range value {
 		if c < '0' || c > '9' {
+			if quoted {
+				return 0, false
+			}
 			return slowInt(value, neg, i)
 		}
 		if n > (1<<63-1-9)/10 {

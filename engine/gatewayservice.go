@@ -137,8 +137,8 @@ func checkPush(r *gatewaypb.PushRequest) error {
 	switch t := r.GetType(); {
 	case t == kickType:
 		return invalid("type kick: use Kick")
-	case t != "" && !codec.ValidName(t):
-		return invalid("type: 1 to %d bytes, no control characters", maxName)
+	case t != "" && (len(t) > codec.MaxTypeLen || !codec.ValidName(t)):
+		return invalid("type: 1 to %d bytes, no control characters", codec.MaxTypeLen)
 	}
 	if id := r.GetMessageId(); id != "" && !codec.ValidName(id) {
 		return invalid("message_id: 1 to %d bytes, no control characters", maxName)

@@ -144,7 +144,7 @@ func TestGatewayServiceRefuses(t *testing.T) {
 		{"bad data", &gatewaypb.PushRequest{TargetUserIds: []string{"a"}, Data: []byte(`{"a":`)}},
 		{"data not UTF-8", &gatewaypb.PushRequest{TargetUserIds: []string{"a"}, Data: []byte("\"\xff\"")}},
 		{"kick", &gatewaypb.PushRequest{TargetUserIds: []string{"a"}, Data: data, Type: "kick"}},
-		{"long type", &gatewaypb.PushRequest{TargetUserIds: []string{"a"}, Data: data, Type: strings.Repeat("t", 129)}},
+		{"long type", &gatewaypb.PushRequest{TargetUserIds: []string{"a"}, Data: data, Type: strings.Repeat("t", 65)}},
 		{"message id", &gatewaypb.PushRequest{TargetUserIds: []string{"a"}, Data: data, MessageId: "\x01"}},
 	} {
 		if _, err := client.Push(t.Context(), tc.r); status.Code(err) != codes.InvalidArgument {
