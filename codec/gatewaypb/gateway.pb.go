@@ -23,9 +23,11 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Outcome is what became of a message for one target; with several sessions, delivered if one has it.
 type PushResult_Outcome int32
 
 const (
+	// Never sent.
 	PushResult_OUTCOME_UNSPECIFIED PushResult_Outcome = 0
 	// At least one session has it: the bytes were handed to the kernel, or the client has acknowledged
 	// them where it does.
@@ -87,12 +89,16 @@ func (PushResult_Outcome) EnumDescriptor() ([]byte, []int) {
 	return file_im_gateway_v1_gateway_proto_rawDescGZIP(), []int{2, 0}
 }
 
+// PushRequest is one message and whom it is for.
 type PushRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// target_user_ids: 1 to 10,000 users.
 	TargetUserIds []string `protobuf:"bytes,1,rep,name=target_user_ids,json=targetUserIds,proto3" json:"target_user_ids,omitempty"`
-	// type of the client frame; empty means "new-message".
-	Type      string `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
+	// type of the client frame, at most 64 bytes without control characters; empty means "new-message".
+	// "kick" is refused: there is Kick.
+	Type string `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
+	// message_id names the message to the client, in at most 128 bytes without control characters; empty:
+	// the gateway makes one up.
 	MessageId string `protobuf:"bytes,3,opt,name=message_id,json=messageId,proto3" json:"message_id,omitempty"`
 	// data is valid JSON and reaches the client byte for byte.
 	Data []byte `protobuf:"bytes,4,opt,name=data,proto3" json:"data,omitempty"`
@@ -176,6 +182,7 @@ func (x *PushRequest) GetDeviceId() string {
 	return ""
 }
 
+// PushResponse says what became of the message for each target.
 type PushResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// results stand in the order of the targets.
@@ -221,10 +228,13 @@ func (x *PushResponse) GetResults() []*PushResult {
 	return nil
 }
 
+// PushResult says what became of the message for one target.
 type PushResult struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	UserId        string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
-	Outcome       PushResult_Outcome     `protobuf:"varint,2,opt,name=outcome,proto3,enum=im.gateway.v1.PushResult_Outcome" json:"outcome,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// user_id is the target, as the request named it.
+	UserId string `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	// outcome is what became of the message.
+	Outcome       PushResult_Outcome `protobuf:"varint,2,opt,name=outcome,proto3,enum=im.gateway.v1.PushResult_Outcome" json:"outcome,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -273,9 +283,11 @@ func (x *PushResult) GetOutcome() PushResult_Outcome {
 	return PushResult_OUTCOME_UNSPECIFIED
 }
 
+// KickRequest names the sessions to close.
 type KickRequest struct {
-	state  protoimpl.MessageState `protogen:"open.v1"`
-	UserId string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// user_id is whose sessions are closed.
+	UserId string `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
 	// session_id: only this session; empty means all of the user's.
 	SessionId string `protobuf:"bytes,2,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
 	// reason is shown to the client in the close frame, at most 100 bytes.
@@ -344,6 +356,7 @@ func (x *KickRequest) GetReplaced() bool {
 	return false
 }
 
+// KickResponse says how many sessions were closed.
 type KickResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// closed is how many sessions were closed.
@@ -389,9 +402,11 @@ func (x *KickResponse) GetClosed() int32 {
 	return 0
 }
 
+// GetSessionRequest names a user.
 type GetSessionRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	UserId        string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// user_id is whose sessions are asked for.
+	UserId        string `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -433,18 +448,24 @@ func (x *GetSessionRequest) GetUserId() string {
 	return ""
 }
 
+// Session describes one session.
 type Session struct {
-	state     protoimpl.MessageState `protogen:"open.v1"`
-	SessionId string                 `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// session_id is the name that the client was told in its connected frame, and that Redis holds.
+	SessionId string `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
 	// connected_at in milliseconds since the Unix epoch.
 	ConnectedAt int64 `protobuf:"varint,2,opt,name=connected_at,json=connectedAt,proto3" json:"connected_at,omitempty"`
-	MessagesIn  int64 `protobuf:"varint,3,opt,name=messages_in,json=messagesIn,proto3" json:"messages_in,omitempty"`
+	// messages_in counts the client's messages for the upstream topic, those refused included.
+	MessagesIn int64 `protobuf:"varint,3,opt,name=messages_in,json=messagesIn,proto3" json:"messages_in,omitempty"`
+	// messages_out counts the frames that were sent to the client: records, acks and the like.
 	MessagesOut int64 `protobuf:"varint,4,opt,name=messages_out,json=messagesOut,proto3" json:"messages_out,omitempty"`
 	// pending_bytes are accepted for this session and not yet handed to the kernel.
-	PendingBytes int64  `protobuf:"varint,5,opt,name=pending_bytes,json=pendingBytes,proto3" json:"pending_bytes,omitempty"`
-	State        string `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
-	// device_id and device (its kind) as the token or the connection named them; may be empty.
-	DeviceId      string `protobuf:"bytes,7,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
+	PendingBytes int64 `protobuf:"varint,5,opt,name=pending_bytes,json=pendingBytes,proto3" json:"pending_bytes,omitempty"`
+	// state is "claiming" (its entry in Redis is being written), "live" or "closing".
+	State string `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
+	// device_id is the device that the token or the connection named; may be empty.
+	DeviceId string `protobuf:"bytes,7,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
+	// device is its kind, as the token or the connection named it; may be empty.
 	Device        string `protobuf:"bytes,8,opt,name=device,proto3" json:"device,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -536,10 +557,13 @@ func (x *Session) GetDevice() string {
 	return ""
 }
 
+// GetSessionResponse lists the user's sessions on this gateway.
 type GetSessionResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	GatewayId     string                 `protobuf:"bytes,1,opt,name=gateway_id,json=gatewayId,proto3" json:"gateway_id,omitempty"`
-	Sessions      []*Session             `protobuf:"bytes,2,rep,name=sessions,proto3" json:"sessions,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// gateway_id is this gateway's.
+	GatewayId string `protobuf:"bytes,1,opt,name=gateway_id,json=gatewayId,proto3" json:"gateway_id,omitempty"`
+	// sessions are the user's; none: the user holds none here.
+	Sessions      []*Session `protobuf:"bytes,2,rep,name=sessions,proto3" json:"sessions,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -588,6 +612,7 @@ func (x *GetSessionResponse) GetSessions() []*Session {
 	return nil
 }
 
+// StatsRequest asks for everything.
 type StatsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -624,20 +649,30 @@ func (*StatsRequest) Descriptor() ([]byte, []int) {
 	return file_im_gateway_v1_gateway_proto_rawDescGZIP(), []int{8}
 }
 
+// StatsResponse holds gauges, and counters since the gateway's start.
 type StatsResponse struct {
-	state            protoimpl.MessageState `protogen:"open.v1"`
-	GatewayId        string                 `protobuf:"bytes,1,opt,name=gateway_id,json=gatewayId,proto3" json:"gateway_id,omitempty"`
-	Version          string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
-	StartedAt        int64                  `protobuf:"varint,3,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
-	Connections      int64                  `protobuf:"varint,4,opt,name=connections,proto3" json:"connections,omitempty"`
-	Sessions         int64                  `protobuf:"varint,5,opt,name=sessions,proto3" json:"sessions,omitempty"`
-	Users            int64                  `protobuf:"varint,6,opt,name=users,proto3" json:"users,omitempty"`
-	UpstreamInFlight int64                  `protobuf:"varint,7,opt,name=upstream_in_flight,json=upstreamInFlight,proto3" json:"upstream_in_flight,omitempty"`
-	// ends of downstream records by name: delivered, undelivered, dead_letter, ...
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// gateway_id is this gateway's.
+	GatewayId string `protobuf:"bytes,1,opt,name=gateway_id,json=gatewayId,proto3" json:"gateway_id,omitempty"`
+	// version of the program.
+	Version string `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	// started_at in milliseconds since the Unix epoch.
+	StartedAt int64 `protobuf:"varint,3,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	// connections are open on the public port, those in HTTP use included.
+	Connections int64 `protobuf:"varint,4,opt,name=connections,proto3" json:"connections,omitempty"`
+	// sessions are open.
+	Sessions int64 `protobuf:"varint,5,opt,name=sessions,proto3" json:"sessions,omitempty"`
+	// users hold these sessions.
+	Users int64 `protobuf:"varint,6,opt,name=users,proto3" json:"users,omitempty"`
+	// upstream_in_flight is how many client messages wait for Kafka's answer.
+	UpstreamInFlight int64 `protobuf:"varint,7,opt,name=upstream_in_flight,json=upstreamInFlight,proto3" json:"upstream_in_flight,omitempty"`
+	// downstream counts the ends of deliveries by their name: "delivered", "forwarded", and the reasons of
+	// the undelivered ones.
 	Downstream map[string]int64 `protobuf:"bytes,8,rep,name=downstream,proto3" json:"downstream,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
-	// refusals of client messages by code.
-	Refused       map[string]int64 `protobuf:"bytes,9,rep,name=refused,proto3" json:"refused,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
-	Draining      bool             `protobuf:"varint,10,opt,name=draining,proto3" json:"draining,omitempty"`
+	// refused counts refusals of client messages by code.
+	Refused map[string]int64 `protobuf:"bytes,9,rep,name=refused,proto3" json:"refused,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// draining tells that sessions are being sent elsewhere.
+	Draining      bool `protobuf:"varint,10,opt,name=draining,proto3" json:"draining,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }

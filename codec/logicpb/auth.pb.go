@@ -27,7 +27,8 @@ const (
 type User struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// user_id is the immutable id: 1 to 128 bytes, no control characters.
-	UserId   string `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	UserId string `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	// username is the name that the user logs in with; a guest's is the name to show.
 	Username string `protobuf:"bytes,2,opt,name=username,proto3" json:"username,omitempty"`
 	// avatar is a URL or empty.
 	Avatar        string `protobuf:"bytes,3,opt,name=avatar,proto3" json:"avatar,omitempty"`
@@ -86,10 +87,14 @@ func (x *User) GetAvatar() string {
 	return ""
 }
 
+// RegisterRequest names a new user. No field of this or another request is ever empty: the gateway
+// refuses that itself.
 type RegisterRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Username      string                 `protobuf:"bytes,1,opt,name=username,proto3" json:"username,omitempty"`
-	Password      string                 `protobuf:"bytes,2,opt,name=password,proto3" json:"password,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// username to log in with; im-logic has its own rules for it.
+	Username string `protobuf:"bytes,1,opt,name=username,proto3" json:"username,omitempty"`
+	// password to log in with; im-logic has its own rules for it.
+	Password      string `protobuf:"bytes,2,opt,name=password,proto3" json:"password,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -138,9 +143,11 @@ func (x *RegisterRequest) GetPassword() string {
 	return ""
 }
 
+// RegisterResponse is the new user; there are no tokens yet.
 type RegisterResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	User          *User                  `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// user must be there, with a user_id: else the gateway answers 502.
+	User          *User `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -182,10 +189,13 @@ func (x *RegisterResponse) GetUser() *User {
 	return nil
 }
 
+// LoginRequest is a user's name and password.
 type LoginRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Username      string                 `protobuf:"bytes,1,opt,name=username,proto3" json:"username,omitempty"`
-	Password      string                 `protobuf:"bytes,2,opt,name=password,proto3" json:"password,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// username as registered.
+	Username string `protobuf:"bytes,1,opt,name=username,proto3" json:"username,omitempty"`
+	// password as registered.
+	Password      string `protobuf:"bytes,2,opt,name=password,proto3" json:"password,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -234,9 +244,11 @@ func (x *LoginRequest) GetPassword() string {
 	return ""
 }
 
+// GuestLoginRequest asks for a user of the moment.
 type GuestLoginRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	GuestName     string                 `protobuf:"bytes,1,opt,name=guest_name,json=guestName,proto3" json:"guest_name,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// guest_name is shown to others.
+	GuestName     string `protobuf:"bytes,1,opt,name=guest_name,json=guestName,proto3" json:"guest_name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -278,9 +290,11 @@ func (x *GuestLoginRequest) GetGuestName() string {
 	return ""
 }
 
+// RefreshTokenRequest spends a refresh token.
 type RefreshTokenRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	RefreshToken  string                 `protobuf:"bytes,1,opt,name=refresh_token,json=refreshToken,proto3" json:"refresh_token,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// refresh_token of the last answer.
+	RefreshToken  string `protobuf:"bytes,1,opt,name=refresh_token,json=refreshToken,proto3" json:"refresh_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -322,13 +336,16 @@ func (x *RefreshTokenRequest) GetRefreshToken() string {
 	return ""
 }
 
+// TokenResponse is what a client connects with.
 type TokenResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// token is the access token, a JWT.
-	Token        string `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	// token is the access token, a JWT, which must be there: else the gateway answers 502.
+	Token string `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	// refresh_token is good for one RefreshToken.
 	RefreshToken string `protobuf:"bytes,2,opt,name=refresh_token,json=refreshToken,proto3" json:"refresh_token,omitempty"`
 	// expires_at is when token expires, in milliseconds since the Unix epoch.
-	ExpiresAt     int64 `protobuf:"varint,3,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	ExpiresAt int64 `protobuf:"varint,3,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	// user is whose tokens these are. It must be there, with a user_id, but after a RefreshToken.
 	User          *User `protobuf:"bytes,4,opt,name=user,proto3" json:"user,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -392,9 +409,11 @@ func (x *TokenResponse) GetUser() *User {
 	return nil
 }
 
+// LogoutRequest revokes a refresh token; the access token goes on until it expires.
 type LogoutRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	RefreshToken  string                 `protobuf:"bytes,1,opt,name=refresh_token,json=refreshToken,proto3" json:"refresh_token,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// refresh_token of the last answer.
+	RefreshToken  string `protobuf:"bytes,1,opt,name=refresh_token,json=refreshToken,proto3" json:"refresh_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -436,6 +455,7 @@ func (x *LogoutRequest) GetRefreshToken() string {
 	return ""
 }
 
+// LogoutResponse is empty: the token is revoked, or never was one.
 type LogoutResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields

@@ -1,4 +1,3 @@
-// Package proto holds the protobuf files; this test keeps the code made of them current.
 package proto
 
 import (
