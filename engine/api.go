@@ -90,20 +90,21 @@ func newAPIRules(s APISettings) (*apiRules, error) {
 // API is the HTTP API of the public port. It is safe for concurrent use; each request runs on the
 // goroutine of its connection.
 type API struct {
-	o        APIOptions        // but for its Settings, which rules hold
-	routes   map[string]*route // by path
-	other    *route            // what unknown paths are counted as
-	rules    atomic.Pointer[apiRules]
-	serving  atomic.Int64 // requests that count against MaxRequests
-	refused  prometheus.Counter
-	tooLarge prometheus.Counter // bodies
-	logins   *logins
-	trouble  zerolog.Logger // sampled: an outage fails thousands of requests
+	o         APIOptions          // but for its Settings, which rules hold
+	routes    map[string]*route   // by path
+	other     *route              // what unknown paths are counted as
+	documents map[string]document // by path
+	rules     atomic.Pointer[apiRules]
+	serving   atomic.Int64 // requests that count against MaxRequests
+	refused   prometheus.Counter
+	tooLarge  prometheus.Counter // bodies
+	logins    *logins
+	trouble   zerolog.Logger // sampled: an outage fails thousands of requests
 }
 
 // route is one path of the API.
 type route struct {
-	path    string
+	path    string   // or a name for several, in the metrics and the log
 	methods []string // the first is the one that is served; GET implies HEAD
 	serve   func(*call)
 	// light routes are served whatever else is going on.
@@ -179,6 +180,13 @@ func NewAPI(o APIOptions) (*API, error) {
 	for _, rt := range a.table() {
 		a.routes[rt.path] = add(rt)
 	}
+	if a.documents, err = loadDocuments(); err != nil {
+		return nil, err
+	}
+	documents := add(&route{path: "documents", methods: []string{http.MethodGet, http.MethodHead}, serve: serveDocument, light: true})
+	for path := range a.documents {
+		a.routes[path] = documents
+	}
 	a.other = add(&route{path: "other", serve: notFound})
 	return a, nil
 }
@@ -196,14 +204,13 @@ func (a *API) Prepare(next APISettings) (apply func(), err error) {
 	}, nil
 }
 
-// table lists every route.
+// table lists every route but the documents'.
 func (a *API) table() []*route {
 	post := []string{http.MethodPost}
 	get := []string{http.MethodGet, http.MethodHead}
 	return append(authRoutes(a.o.Auth, post),
 		&route{path: "/api/messages", methods: post, serve: publish},
 		&route{path: "/healthz", methods: get, serve: healthz, light: true},
-		&route{path: "/openapi.json", methods: get, serve: openAPI, light: true},
 		&route{path: "/ws", methods: get, serve: upgradeRequired, light: true},
 		&route{path: "/sse", methods: get, serve: streamElsewhere, light: true},
 	)
@@ -358,10 +365,4 @@ func upgradeRequired(c *call) {
 func streamElsewhere(c *call) {
 	c.retryAfter(0)
 	c.fail(http.StatusServiceUnavailable, string(codec.Overloaded), "this is an event stream")
-}
-
-func openAPI(c *call) {
-	c.w.Header().Set("Access-Control-Allow-Origin", "*") // tools on other origins show the document
-	c.w.Header().Set("Cache-Control", "max-age=300")
-	c.write(http.StatusOK, openAPIDocument)
 }

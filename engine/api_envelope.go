@@ -1,7 +1,6 @@
 package engine
 
 import (
-	_ "embed" // openAPIDocument
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,15 +14,10 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// openAPIDocument describes the HTTP API; a test holds it against the routes.
-//
-//go:embed openapi.json
-var openAPIDocument []byte
-
 // statusClientGone is what a request is counted as whose caller went away.
 const statusClientGone = 499
 
-// envelope is the shape of every answer but the OpenAPI document.
+// envelope is the shape of every answer but the documents.
 type envelope struct {
 	Success bool   `json:"success"`
 	Code    string `json:"code,omitempty"`
@@ -52,7 +46,9 @@ func (c *call) fail(status int, code, message string) {
 func (c *call) write(status int, body []byte) {
 	c.status = status
 	h := c.w.Header()
-	h.Set("Content-Type", "application/json")
+	if h.Get("Content-Type") == "" {
+		h.Set("Content-Type", "application/json")
+	}
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	c.w.WriteHeader(status)
 	if c.r.Method == http.MethodHead {

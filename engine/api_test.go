@@ -558,51 +558,6 @@ func TestAPIOverHTTP(t *testing.T) {
 	}
 }
 
-// TestOpenAPI holds the document against what is served, both ways.
-func TestOpenAPI(t *testing.T) {
-	a := testAPI(t, &fakeAuth{}, nil)
-	w := do(a, "GET", "/openapi.json", "")
-	var doc struct {
-		OpenAPI string
-		Paths   map[string]map[string]struct {
-			Responses map[string]json.RawMessage
-		}
-		Components map[string]map[string]json.RawMessage
-	}
-	if err := json.Unmarshal(w.Body.Bytes(), &doc); err != nil {
-		t.Fatal(err)
-	}
-	if !strings.HasPrefix(doc.OpenAPI, "3.1.") {
-		t.Errorf("openapi %q", doc.OpenAPI)
-	}
-	for path, rt := range a.routes {
-		if _, there := doc.Paths[path][strings.ToLower(rt.methods[0])]; !there {
-			t.Errorf("%s %s is served and not described", rt.methods[0], path)
-		}
-	}
-	for path, methods := range doc.Paths {
-		for method, op := range methods {
-			rt := a.routes[path]
-			if rt == nil || !strings.EqualFold(rt.methods[0], method) {
-				t.Errorf("%s %s is described and not served", method, path)
-				continue
-			}
-			// What an empty request gets must be described.
-			got := fmt.Sprint(do(a, strings.ToUpper(method), path, "{}").Code)
-			if _, there := op.Responses[got]; !there {
-				t.Errorf("%s %s: the status %s is not described", method, path, got)
-			}
-		}
-	}
-	for _, ref := range strings.Split(w.Body.String(), `"$ref": "#/components/`)[1:] {
-		name, _, _ := strings.Cut(ref, `"`)
-		kind, name, _ := strings.Cut(name, "/")
-		if doc.Components[kind][name] == nil {
-			t.Errorf("the reference to %s/%s leads nowhere", kind, name)
-		}
-	}
-}
-
 func TestBodyLimit(t *testing.T) {
 	a := testAPI(t, &fakeAuth{}, func(o *APIOptions) { o.Settings.MaxBodyBytes = 100 })
 	body := func(n int) string {

@@ -57,9 +57,10 @@ func TestOutsidersShareNoCode(t *testing.T) {
 	}
 }
 
-// TestNoEmbeddedServerInProduction keeps the servers of im-dev out of the gateway's binary.
+// TestNoEmbeddedServerInProduction keeps the servers of im-dev, and what only tests need, out of the gateway's
+// binary.
 func TestNoEmbeddedServerInProduction(t *testing.T) {
-	banned := []string{"miniredis", "kfake", "toxiproxy", "etcd/server", "im-gateway/cmd/im-dev", "chromedp"}
+	banned := []string{"miniredis", "kfake", "toxiproxy", "etcd/server", "im-gateway/cmd/im-dev", "chromedp", "jsonschema"}
 	for _, dep := range goList(t, "{{join .Deps \"\\n\"}}", "im-gateway/cmd/im-gateway") {
 		for _, b := range banned {
 			if strings.Contains(dep, b) {

@@ -124,11 +124,19 @@ func (c *client) next() (f frame, err error) {
 		return f, fmt.Errorf("a %v message on a connection of protocol %q", kind, c.Subprotocol())
 	}
 	if kind == websocket.MessageText {
+		if err := env.spec.fromServer("json", b); err != nil {
+			c.t.Error(err)
+		}
 		return f, json.Unmarshal(b, &f)
 	}
 	var p clientpb.ServerFrame
-	err = proto.Unmarshal(b, &p)
-	return frame{p.Type, p.MessageId, p.Data, p.Timestamp, p.DeliveryId}, err
+	if err := proto.Unmarshal(b, &p); err != nil {
+		return f, err
+	}
+	if err := env.spec.fromServerProto(&p); err != nil {
+		c.t.Error(err)
+	}
+	return frame{p.Type, p.MessageId, p.Data, p.Timestamp, p.DeliveryId}, nil
 }
 
 // kind is what the connection's protocol sends messages as.
@@ -203,6 +211,11 @@ func (c *client) sendRaw(kind, id, data string) {
 
 func (c *client) write(kind websocket.MessageType, b []byte) {
 	c.t.Helper()
+	if kind == websocket.MessageText {
+		env.spec.fromClient(b)
+	} else if c.kind() == kind {
+		env.spec.saw("protobuf/clientFrame")
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	if err := c.Write(ctx, kind, b); err != nil {

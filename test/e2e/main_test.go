@@ -47,6 +47,7 @@ type environment struct {
 	cache   rueidis.Client
 	keys    *clientv3.Client
 	logic   *logic.Service
+	spec    *specification
 
 	mu      sync.Mutex
 	logs    []*logBuffer
@@ -113,8 +114,13 @@ func run(m *testing.M) (code int, err error) {
 	}
 	defer stopLogic()
 	env.secrets = append(env.secrets, secret)
+	if env.spec, err = loadSpecification(); err != nil {
+		return 1, err
+	}
 	code = m.Run()
-	return code, searchLogs()
+	ctx, cancel = context.WithTimeout(ctx, patience)
+	defer cancel()
+	return code, errors.Join(searchLogs(), env.spec.readTopics(ctx))
 }
 
 func startBackend(ctx context.Context, dir string) (stop func(), err error) {

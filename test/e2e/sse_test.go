@@ -92,6 +92,9 @@ func (s *streamed) next() (f frame, err error) {
 		case line == "" && data == "":
 			continue
 		case line == "" && kind == "close":
+			if err := env.spec.streamClosed([]byte(data)); err != nil {
+				s.t.Error(err)
+			}
 			if err := json.Unmarshal([]byte(data), &s.close); err != nil {
 				return f, err
 			}
@@ -101,6 +104,9 @@ func (s *streamed) next() (f frame, err error) {
 			}
 			return f, errClosed
 		case line == "":
+			if err := env.spec.fromServer("events", []byte(data)); err != nil {
+				s.t.Error(err)
+			}
 			return f, json.Unmarshal([]byte(data), &f)
 		case field == "data":
 			data += value
