@@ -24,6 +24,7 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// StatusRequest asks for everything.
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -60,10 +61,13 @@ func (*StatusRequest) Descriptor() ([]byte, []int) {
 	return file_im_gateway_v1_admin_proto_rawDescGZIP(), []int{0}
 }
 
+// StatusResponse is the state of the gateway at one moment.
 type StatusResponse struct {
-	state     protoimpl.MessageState `protogen:"open.v1"`
-	GatewayId string                 `protobuf:"bytes,1,opt,name=gateway_id,json=gatewayId,proto3" json:"gateway_id,omitempty"`
-	Version   string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// gateway_id is this gateway's.
+	GatewayId string `protobuf:"bytes,1,opt,name=gateway_id,json=gatewayId,proto3" json:"gateway_id,omitempty"`
+	// version of the program.
+	Version string `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
 	// started_at is when the process started.
 	StartedAt int64 `protobuf:"varint,3,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
 	// now is the gateway's clock.
@@ -241,7 +245,8 @@ func (x *StatusResponse) GetActing() bool {
 // Condition is one thing that has to hold before the gateway is ready.
 type Condition struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// name of the condition, as /readyz has it.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// reason says why it does not hold yet.
 	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -365,6 +370,7 @@ func (x *Dependency) GetError() string {
 	return ""
 }
 
+// LedgerRequest asks for both sides.
 type LedgerRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -459,10 +465,12 @@ func (x *LedgerResponse) GetUpstream() *Account {
 // Account is one side of the ledger: in = ends + open.
 type Account struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	In    int64                  `protobuf:"varint,1,opt,name=in,proto3" json:"in,omitempty"`
+	// in counts what was taken in.
+	In int64 `protobuf:"varint,1,opt,name=in,proto3" json:"in,omitempty"`
 	// ends by name: delivered, forwarded, offline, ..., stored, ...
 	Ends map[string]int64 `protobuf:"bytes,2,rep,name=ends,proto3" json:"ends,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
-	Open int64            `protobuf:"varint,3,opt,name=open,proto3" json:"open,omitempty"`
+	// open is what has not ended yet.
+	Open int64 `protobuf:"varint,3,opt,name=open,proto3" json:"open,omitempty"`
 	// balanced tells whether the two sides are equal; they may not be for a moment, as counting goes on.
 	Balanced      bool `protobuf:"varint,4,opt,name=balanced,proto3" json:"balanced,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -527,6 +535,7 @@ func (x *Account) GetBalanced() bool {
 	return false
 }
 
+// QueuesRequest asks for all of them.
 type QueuesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -563,6 +572,7 @@ func (*QueuesRequest) Descriptor() ([]byte, []int) {
 	return file_im_gateway_v1_admin_proto_rawDescGZIP(), []int{7}
 }
 
+// QueuesResponse lists the queues.
 type QueuesResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// queues in the order in which a message meets them.
@@ -608,12 +618,15 @@ func (x *QueuesResponse) GetQueues() []*Queue {
 	return nil
 }
 
+// Queue is one bound queue, or several of a kind together.
 type Queue struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// name of the queue.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// unit of depth and bound: batches, records, bytes, ...
-	Unit  string `protobuf:"bytes,2,opt,name=unit,proto3" json:"unit,omitempty"`
-	Depth int64  `protobuf:"varint,3,opt,name=depth,proto3" json:"depth,omitempty"`
+	Unit string `protobuf:"bytes,2,opt,name=unit,proto3" json:"unit,omitempty"`
+	// depth is how much it holds.
+	Depth int64 `protobuf:"varint,3,opt,name=depth,proto3" json:"depth,omitempty"`
 	// bound is the most that it may hold; 0: as many as there are sessions or partitions.
 	Bound int64 `protobuf:"varint,4,opt,name=bound,proto3" json:"bound,omitempty"`
 	// overflows is how often it was full since the start.
@@ -696,6 +709,7 @@ func (x *Queue) GetWhenFull() string {
 	return ""
 }
 
+// TopTalkersRequest says for how long and how many.
 type TopTalkersRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// limit is how many users each list may have, 1 to 100; 0 means 10.
@@ -750,6 +764,7 @@ func (x *TopTalkersRequest) GetWindowMs() int32 {
 	return 0
 }
 
+// TopTalkersResponse is what was measured.
 type TopTalkersResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// window_ms is for how long was measured, in milliseconds.
@@ -833,12 +848,16 @@ func (x *TopTalkersResponse) GetMissed() int64 {
 
 // Talker is what one user sent and was sent in the window, on all of the user's sessions here.
 type Talker struct {
-	state  protoimpl.MessageState `protogen:"open.v1"`
-	UserId string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
-	// messages_in: refused ones too.
-	MessagesIn    int64 `protobuf:"varint,2,opt,name=messages_in,json=messagesIn,proto3" json:"messages_in,omitempty"`
-	BytesIn       int64 `protobuf:"varint,3,opt,name=bytes_in,json=bytesIn,proto3" json:"bytes_in,omitempty"`
-	MessagesOut   int64 `protobuf:"varint,4,opt,name=messages_out,json=messagesOut,proto3" json:"messages_out,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// user_id is who.
+	UserId string `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	// messages_in counts what the user sent, refused ones too.
+	MessagesIn int64 `protobuf:"varint,2,opt,name=messages_in,json=messagesIn,proto3" json:"messages_in,omitempty"`
+	// bytes_in are those of the upstream records made of them.
+	BytesIn int64 `protobuf:"varint,3,opt,name=bytes_in,json=bytesIn,proto3" json:"bytes_in,omitempty"`
+	// messages_out counts deliveries to the user.
+	MessagesOut int64 `protobuf:"varint,4,opt,name=messages_out,json=messagesOut,proto3" json:"messages_out,omitempty"`
+	// bytes_out are those of the deliveries.
 	BytesOut      int64 `protobuf:"varint,5,opt,name=bytes_out,json=bytesOut,proto3" json:"bytes_out,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -909,9 +928,11 @@ func (x *Talker) GetBytesOut() int64 {
 	return 0
 }
 
+// FindUserRequest names a user.
 type FindUserRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	UserId        string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// user_id is who is looked for.
+	UserId        string `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -953,10 +974,13 @@ func (x *FindUserRequest) GetUserId() string {
 	return ""
 }
 
+// FindUserResponse says where the user is.
 type FindUserResponse struct {
-	state     protoimpl.MessageState `protogen:"open.v1"`
-	GatewayId string                 `protobuf:"bytes,1,opt,name=gateway_id,json=gatewayId,proto3" json:"gateway_id,omitempty"`
-	UserId    string                 `protobuf:"bytes,2,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// gateway_id is this gateway's.
+	GatewayId string `protobuf:"bytes,1,opt,name=gateway_id,json=gatewayId,proto3" json:"gateway_id,omitempty"`
+	// user_id as it was asked for.
+	UserId string `protobuf:"bytes,2,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
 	// sessions on this gateway.
 	Sessions []*Session `protobuf:"bytes,3,rep,name=sessions,proto3" json:"sessions,omitempty"`
 	// elsewhere are the sessions on other gateways that Redis names.
@@ -1034,12 +1058,16 @@ func (x *FindUserResponse) GetElsewhereError() string {
 
 // Place is a session that Redis knows of.
 type Place struct {
-	state       protoimpl.MessageState `protogen:"open.v1"`
-	GatewayId   string                 `protobuf:"bytes,1,opt,name=gateway_id,json=gatewayId,proto3" json:"gateway_id,omitempty"`
-	SessionId   string                 `protobuf:"bytes,2,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
-	ConnectedAt int64                  `protobuf:"varint,3,opt,name=connected_at,json=connectedAt,proto3" json:"connected_at,omitempty"`
-	// device_id and device (its kind) are known only where a user may have several sessions.
-	DeviceId      string `protobuf:"bytes,4,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// gateway_id is the gateway that holds it.
+	GatewayId string `protobuf:"bytes,1,opt,name=gateway_id,json=gatewayId,proto3" json:"gateway_id,omitempty"`
+	// session_id is its name.
+	SessionId string `protobuf:"bytes,2,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	// connected_at is when it was opened.
+	ConnectedAt int64 `protobuf:"varint,3,opt,name=connected_at,json=connectedAt,proto3" json:"connected_at,omitempty"`
+	// device_id is known only where a user may have several sessions.
+	DeviceId string `protobuf:"bytes,4,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
+	// device is its kind, known only where a user may have several sessions.
 	Device        string `protobuf:"bytes,5,opt,name=device,proto3" json:"device,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1110,9 +1138,11 @@ func (x *Place) GetDevice() string {
 	return ""
 }
 
+// KickUserRequest names the sessions to close.
 type KickUserRequest struct {
-	state  protoimpl.MessageState `protogen:"open.v1"`
-	UserId string                 `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// user_id is whose sessions are closed.
+	UserId string `protobuf:"bytes,1,opt,name=user_id,json=userId,proto3" json:"user_id,omitempty"`
 	// session_id: only this session; empty means all that the user holds here.
 	SessionId string `protobuf:"bytes,2,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
 	// reason is shown to the client in the close frame, at most 100 bytes; empty means "kicked".
@@ -1172,6 +1202,7 @@ func (x *KickUserRequest) GetReason() string {
 	return ""
 }
 
+// KickUserResponse says how many sessions were closed.
 type KickUserResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// closed is how many sessions were closed.
@@ -1217,6 +1248,7 @@ func (x *KickUserResponse) GetClosed() int32 {
 	return 0
 }
 
+// DrainRequest has nothing to say.
 type DrainRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1253,6 +1285,7 @@ func (*DrainRequest) Descriptor() ([]byte, []int) {
 	return file_im_gateway_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
+// DrainResponse: the drain has begun.
 type DrainResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1289,6 +1322,7 @@ func (*DrainResponse) Descriptor() ([]byte, []int) {
 	return file_im_gateway_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
+// GetLogLevelRequest has nothing to say.
 type GetLogLevelRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1325,6 +1359,7 @@ func (*GetLogLevelRequest) Descriptor() ([]byte, []int) {
 	return file_im_gateway_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
+// SetLogLevelRequest names a level.
 type SetLogLevelRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// level: trace, debug, info, warn or error.
@@ -1370,9 +1405,11 @@ func (x *SetLogLevelRequest) GetLevel() string {
 	return ""
 }
 
+// LogLevelResponse is the level in force.
 type LogLevelResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Level         string                 `protobuf:"bytes,1,opt,name=level,proto3" json:"level,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// level: trace, debug, info, warn or error.
+	Level         string `protobuf:"bytes,1,opt,name=level,proto3" json:"level,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
