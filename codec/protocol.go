@@ -141,11 +141,6 @@ func (p Protocol) end(dst []byte, body int, now int64) []byte {
 		dst = protowire.AppendTag(dst, fieldTimestamp, protowire.VarintType)
 		return protowire.AppendVarint(dst, uint64(now))
 	}
-	return p.endTimed(dst, now)
-}
-
-// endTimed ends a JSON object, and the event that it is the data of.
-func (p Protocol) endTimed(dst []byte, now int64) []byte {
 	dst = append(dst, `,"timestamp":`...)
 	dst = strconv.AppendInt(dst, now, 10)
 	dst = append(dst, '}')
@@ -188,8 +183,7 @@ func (p Protocol) AppendDownstreamFrame(dst []byte, d *Downstream, now int64) []
 		return protowire.AppendVarint(dst, uint64(now))
 	}
 	if p == SSE {
-		dst = appendEventID(dst, d.MessageID)
-		dst = append(dst, eventData...)
+		return appendEvent(dst, d, now)
 	}
 	dst = append(dst, `{"type":`...)
 	dst = AppendQuoted(dst, d.Type)
@@ -197,10 +191,9 @@ func (p Protocol) AppendDownstreamFrame(dst []byte, d *Downstream, now int64) []
 	dst = AppendQuoted(dst, d.MessageID)
 	dst = append(dst, `,"data":`...)
 	dst = append(dst, data...)
-	if p == SSE {
-		unbreak(dst[len(dst)-len(data):])
-	}
-	return p.endTimed(dst, now)
+	dst = append(dst, `,"timestamp":`...)
+	dst = strconv.AppendInt(dst, now, 10)
+	return append(dst, '}')
 }
 
 // AppendDeliveryID appends a frame that AppendDownstreamFrame has made, with a delivery_id.
@@ -210,14 +203,13 @@ func (p Protocol) AppendDeliveryID(dst, frame []byte, id uint64) []byte {
 		dst = protowire.AppendTag(dst, fieldDelivery, protowire.VarintType)
 		return protowire.AppendVarint(dst, id)
 	}
-	end := "}" // of one JSON object
 	if p == SSE {
-		end = "}" + eventEnd
+		return append(JSON.AppendDeliveryID(dst, frame[:len(frame)-len(eventEnd)], id), eventEnd...)
 	}
-	dst = append(dst, frame[:len(frame)-len(end)]...)
+	dst = append(dst, frame[:len(frame)-1]...) // one JSON object
 	dst = append(dst, `,"delivery_id":`...)
 	dst = strconv.AppendUint(dst, id, 10)
-	return append(dst, end...)
+	return append(dst, '}')
 }
 
 // frameOverhead is what a record's frame holds beside the record's own texts, unless those are escaped.

@@ -24,14 +24,18 @@ const maxEventID = 512
 // stayAway is for how long, in ms, a client that reconnects by itself is to wait where it should not.
 const stayAway = "86400000"
 
-// appendEventID appends the id of a record's event; a text that a header cannot carry is none.
-func appendEventID(dst []byte, id string) []byte {
-	if id == "" || len(id) > maxEventID || hasControl(id) || !utf8.ValidString(id) {
-		return dst
+// appendEvent appends a record's event. A message id that a header cannot carry is not its id.
+func appendEvent(dst []byte, d *Downstream, now int64) []byte {
+	if id := d.MessageID; id != "" && len(id) <= maxEventID && !hasControl(id) && utf8.ValidString(id) {
+		dst = append(dst, "id: "...)
+		dst = append(dst, id...)
+		dst = append(dst, '\n')
 	}
-	dst = append(dst, "id: "...)
-	dst = append(dst, id...)
-	return append(dst, '\n')
+	dst = append(dst, eventData...)
+	start := len(dst)
+	dst = JSON.AppendDownstreamFrame(dst, d, now)
+	unbreak(dst[start:])
+	return append(dst, eventEnd...)
 }
 
 // unbreak makes one line of valid JSON: it has line ends between its tokens only.
