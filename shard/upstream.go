@@ -219,7 +219,8 @@ func (s *shard) answer(u *codec.Upstream) {
 		ses.inFlight--
 	}
 	switch {
-	case s.reply(u, u.Result):
+	case u.Reply != nil:
+		s.reply(u, u.Result)
 		return
 	case ses == nil:
 		if u.Session != 0 {
@@ -240,7 +241,11 @@ func (s *shard) answer(u *codec.Upstream) {
 
 // acknowledge tells a session that its message is stored, where that has a name, or who has posted it.
 func (s *shard) acknowledge(ses *session, u *codec.Upstream) {
-	if s.reply(u, u.Result) || len(u.ClientMsgID) == 0 {
+	if u.Reply != nil {
+		s.reply(u, u.Result)
+		return
+	}
+	if len(u.ClientMsgID) == 0 {
 		return
 	}
 	out := s.box(ses)
