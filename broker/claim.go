@@ -60,7 +60,7 @@ type claim struct {
 	ends   [][]codec.Ended // swapped with the inbox
 	stored []sideResult
 
-	lag, age, open prometheus.Gauge
+	lag, age, open, windowRecords, windowBytes prometheus.Gauge
 }
 
 func newClaim(c *Consumer, session sarama.ConsumerGroupSession, in sarama.ConsumerGroupClaim) *claim {
@@ -79,6 +79,9 @@ func newClaim(c *Consumer, session sarama.ConsumerGroupSession, in sarama.Consum
 		lag:     c.metrics.lag.WithLabelValues(in.Topic(), partition),
 		age:     c.metrics.age.WithLabelValues(in.Topic(), partition),
 		open:    c.metrics.open.WithLabelValues(in.Topic(), partition),
+
+		windowRecords: c.metrics.windowRecords.WithLabelValues(in.Topic(), partition),
+		windowBytes:   c.metrics.windowBytes.WithLabelValues(in.Topic(), partition),
 	}
 	k.retry.Stop()
 	c.claims.Add(1)
@@ -97,13 +100,15 @@ func (k *claim) close() {
 	k.c.metrics.abandoned.Add(float64(k.units))
 	k.c.metrics.openUnits.Sub(float64(k.units))
 	if k.c.adopted {
-		for _, g := range []*prometheus.GaugeVec{k.c.metrics.lag, k.c.metrics.age, k.c.metrics.open} {
+		m := &k.c.metrics
+		for _, g := range []*prometheus.GaugeVec{m.lag, m.age, m.open, m.windowRecords, m.windowBytes} {
 			g.DeletePartialMatch(prometheus.Labels{"topic": k.topic})
 		}
 		return
 	}
-	k.age.Set(0)
-	k.open.Set(0)
+	for _, g := range []prometheus.Gauge{k.age, k.open, k.windowRecords, k.windowBytes} {
+		g.Set(0)
+	}
 }
 
 // run reads until the session ends. It returns an error only when a shard cannot be reached.
@@ -238,6 +243,7 @@ func (k *claim) full() bool { return k.window.full() || k.units >= unitsMax }
 
 func (k *claim) read(m *sarama.ConsumerMessage, now int64) {
 	k.c.metrics.records.Inc()
+	k.c.metrics.readBytes.Add(float64(len(m.Key) + len(m.Value)))
 	k.c.active.Store(now)
 	hookRead(k, m.Offset)
 	d, err := codec.ParseDownstream(m.Value, m.Topic, m.Partition, m.Offset)
@@ -250,6 +256,9 @@ func (k *claim) read(m *sarama.ConsumerMessage, now int64) {
 		return
 	}
 	d.Encode(now)
+	if !m.Timestamp.IsZero() {
+		d.Stored = m.Timestamp.UnixMilli()
+	}
 	d.Owner, d.Pending, d.Forwarded, d.TraceParent = k.inbox, len(d.Targets), hop, traceParent
 	k.opened(len(d.Targets))
 	for i, target := range d.Targets {
@@ -418,6 +427,8 @@ func (k *claim) deadLetter(m *sarama.ConsumerMessage, reason error, traceParent 
 
 func (k *claim) gauge() {
 	k.open.Set(float64(k.window.open))
+	k.windowRecords.Set(float64(k.window.count))
+	k.windowBytes.Set(float64(k.window.bytes))
 	if k.window.open > 0 {
 		k.c.active.Store(time.Now().UnixMilli())
 	}

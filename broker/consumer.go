@@ -89,7 +89,7 @@ func NewConsumer(opts Options, producer *Producer, shards int,
 	if err := opts.consumerConfig(c.link).Validate(); err != nil {
 		return nil, fmt.Errorf("broker: %w", err)
 	}
-	if c.metrics, err = newConsumerMetrics(opts.Registerer); err != nil {
+	if c.metrics, err = newConsumerMetrics(&c.opts, opts.Registerer); err != nil {
 		return nil, err
 	}
 	for end := codec.EndDelivered; end < codec.NumEnds; end++ {

@@ -8,6 +8,7 @@ import (
 	"github.com/IBM/sarama"
 
 	"im-gateway/codec"
+	"im-gateway/latency"
 )
 
 // Header names of what the gateway produces; never written to.
@@ -145,7 +146,7 @@ func (p *Producer) recycle(b *codec.UpstreamBatch) {
 // collect takes sarama's answers and gives them to the shards, in batches. It ends when sarama has
 // closed both channels.
 func (p *Producer) collect(successes <-chan *sarama.ProducerMessage, errs <-chan *sarama.ProducerError) {
-	g := gathering{p: p, byShard: make([]*codec.UpstreamBatch, p.shards)}
+	g := newGathering(p)
 	for successes != nil || errs != nil {
 		select {
 		case m, ok := <-successes:
@@ -196,6 +197,11 @@ type gathering struct {
 	records, bytes int64
 	stored         int
 	duplicates     int // stored by an earlier attempt
+	took           latency.Local
+}
+
+func newGathering(p *Producer) *gathering {
+	return &gathering{p: p, byShard: make([]*codec.UpstreamBatch, p.shards), took: p.metrics.ackSeconds.Local()}
 }
 
 func (g *gathering) add(m *sarama.ProducerMessage, err error) {
@@ -231,7 +237,7 @@ func (g *gathering) add(m *sarama.ProducerMessage, err error) {
 		g.byShard[r.shard] = b
 	}
 	b.Records = append(b.Records, u)
-	p.metrics.ackSeconds.Observe(g.now.Sub(r.handed).Seconds())
+	g.took.Observe(int64(g.now.Sub(r.handed)))
 	g.records++
 	g.bytes += r.size
 	if err == nil { // of a message that came back as an error sarama still reads a field
@@ -242,6 +248,7 @@ func (g *gathering) add(m *sarama.ProducerMessage, err error) {
 
 func (g *gathering) flush() {
 	p := g.p
+	g.took.Flush()
 	p.credits.give(g.records, g.bytes)
 	if g.stored+g.duplicates > 0 {
 		p.metrics.stored.Add(float64(g.stored))

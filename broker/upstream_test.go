@@ -13,7 +13,7 @@ import (
 type loop struct {
 	p      *Producer
 	input  chan *sarama.ProducerMessage
-	g      gathering
+	g      *gathering
 	record *codec.Upstream
 }
 
@@ -26,7 +26,7 @@ func newLoop(t testing.TB) *loop {
 		t.Fatal(err)
 	}
 	l.p.credits.gate.Store(gateOpen)
-	l.g = gathering{p: l.p, byShard: make([]*codec.UpstreamBatch, testShards)}
+	l.g = newGathering(l.p)
 	return l
 }
 

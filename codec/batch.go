@@ -98,11 +98,13 @@ type Command struct {
 	Kind     CommandKind
 	Outcome  Outcome   // set by the loop
 	Code     CloseCode // CommandClose
+	Content  Content   // CommandFrame
 	Session  SessionID
 	Payload  []byte   // CommandFrame: read-only, may be shared by many commands
 	Reason   string   // CommandClose: the close frame's reason, at most 123 bytes of UTF-8
 	Position uint64   // set by the loop when OutcomeBuffered: bytes of the stream up to this frame's end
-	Delivery Delivery // CommandFrame: the downstream record that it carries, if any; the shard's own
+	Stored   int64    // CommandFrame: when Kafka got the record that it carries, Unix ms; 0: none, or not known
+	Delivery Delivery // CommandFrame: the downstream record to be ended by its outcome, if any; the shard's own
 }
 
 // EgressBatch is what one shard has for one event loop. It goes to the loop and comes back whole
@@ -111,6 +113,7 @@ type EgressBatch struct {
 	Shard    int
 	Loop     int
 	Commands []Command
+	Written  int64 // set by the loop: when it had written what the outcomes say, Unix ns
 	// Arena backs the payloads that are made for one command each.
 	Arena []byte
 }
@@ -136,6 +139,7 @@ type Upstream struct {
 	TraceParent []byte    // W3C trace context
 	Temp        bool      // the name came as data.tempMessageId and is echoed as that too
 	Span        *Span     // begun by the builder, which TraceParent is of; nil: the message is not traced
+	Received    int64     // when the gateway read it, Unix ns; set by who has it built, 0: not known
 
 	// Owned by the shard while the record is in flight.
 	Prev, Next *Upstream             // the shard's list, oldest first
@@ -204,11 +208,13 @@ type Downstream struct {
 	Data       []byte // valid JSON
 	ExpireAt   int64  // Unix ms; 0: never
 	Timestamp  int64  // the sender's, Unix ms; 0: none
+	Stored     int64  // when Kafka got the record, Unix ms; 0: it did not come from there
 	DeviceID   string // only sessions of this device; empty: all of the user's
 	Forwarded  bool   // it was forwarded to this gateway, and is not forwarded again
 	Kick       bool   // Type is "kick": close the targets' sessions
 	KickReason string
-	Frame      []byte // the client frame, im.json.v1, encoded once for all targets: see Encode
+	Frame      []byte  // the client frame, im.json.v1, encoded once for all targets: see Encode
+	Content    Content // of the frame; set by Encode
 
 	// Owner is told of the ends; nil: nobody is (a gRPC Push uses its own).
 	Owner EndSink

@@ -9,6 +9,9 @@ const (
 	TypeRefreshToken = "refresh-token"
 )
 
+// TypeSendMessage is the usual type of those that go upstream.
+const TypeSendMessage = "send-message"
+
 // Limits on what names things in an envelope, in bytes.
 const (
 	MaxNameLen = 128 // a user id, a client's name for a message

@@ -17,6 +17,28 @@ const (
 	SessionNotFound   Code = "SESSION_NOT_FOUND" // over HTTP only
 )
 
+// Codes are all of them, success first.
+var Codes = [...]Code{OK, InvalidMessage, MessageTooLarge, RateLimited, Overloaded, BrokerUnavailable, OutcomeUnknown,
+	AuthFailed, TokenExpired}
+
+// Number is the code's place in Codes.
+func (c Code) Number() uint8 {
+	for i, known := range Codes {
+		if c == known {
+			return uint8(i)
+		}
+	}
+	return 0
+}
+
+// Result names the code as the result of a message: "success" where it is none.
+func (c Code) Result() string {
+	if c == OK {
+		return "success"
+	}
+	return string(c)
+}
+
 // CloseCode is a WebSocket close code (RFC 6455, section 7.4).
 type CloseCode uint16
 

@@ -219,6 +219,9 @@ const frameOverhead = 80
 // Unix ms. It is that of im.json.v1: only a session can tell that it needs another.
 func (d *Downstream) Encode(now int64) {
 	d.encodedAt = now
+	if d.Type == TypeNewMessage {
+		d.Content.Type = FrameNewMessage
+	}
 	d.Frame = d.encode(JSON)
 }
 

@@ -71,7 +71,7 @@ var (
 	presenceDepth = prometheus.NewDesc("im_gateway_presence_queue_batches",
 		"Batches of presence operations that wait for Redis.", nil, nil)
 	presenceBound = prometheus.NewDesc("im_gateway_presence_queue_batches_bound",
-		"The bound of these queues together; beyond it the shards keep the operations.", nil, nil)
+		"The bound of im_gateway_presence_queue_batches; beyond it the shards keep the operations.", nil, nil)
 )
 
 // Describe implements prometheus.Collector.
@@ -271,8 +271,10 @@ func (p *publisher) Publish(ctx context.Context, from Caller, frame []byte) (Pub
 	}
 	m.DeviceID = from.DeviceID
 	p.mu.Lock()
-	u := p.builder.Build(&m, from.User, 0, time.Now().UnixMilli())
+	now := time.Now()
+	u := p.builder.Build(&m, from.User, 0, now.UnixMilli())
 	p.mu.Unlock()
+	u.Received = now.UnixNano()
 	name := string(m.ClientMsgID)
 	result, err := p.shards.Publish(ctx, u)
 	return Published{ClientMsgID: name, Result: result}, err

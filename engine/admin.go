@@ -38,19 +38,14 @@ func NewAdmin(o AdminOptions) (http.Handler, error) {
 		Help:        "Always 1; the labels name the gateway and its version.",
 		ConstLabels: prometheus.Labels{"gateway_id": o.GatewayID, "version": o.Version},
 	}, func() float64 { return 1 })
-	ready := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "im_gateway_ready",
-		Help: "Whether /readyz answers 200: 1 or 0.",
-	}, func() float64 {
-		if len(o.Readiness.Missing()) == 0 {
-			return 1
-		}
-		return 0
-	})
-	for _, c := range []prometheus.Collector{info, ready} {
-		if err := o.Registry.Register(c); err != nil {
-			return nil, fmt.Errorf("register the gateway's own metrics: %w", err)
-		}
+	if err := errors.Join(
+		o.Registry.Register(info),
+		registerGauge(o.Registry, "ready", "Whether /readyz answers 200: 1 or 0.",
+			func() int { return oneIf(len(o.Readiness.Missing()) == 0) }),
+		registerGauge(o.Registry, "draining", "Whether the gateway drains or stops: 1 or 0.",
+			func() int { return oneIf(o.Readiness.Draining()) }),
+	); err != nil {
+		return nil, fmt.Errorf("register the gateway's own metrics: %w", err)
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {

@@ -149,7 +149,7 @@ func NewAPI(o APIOptions) (*API, error) {
 		Help: "Requests to the HTTP API by route and class of status.",
 	}, []string{"route", "status"})
 	seconds := prometheus.NewHistogramVec(prometheus.HistogramOpts{
-		Name:    "im_gateway_http_request_seconds",
+		Name:    "im_gateway_http_request_duration_seconds",
 		Help:    "Time from a request's head to the end of its answer.",
 		Buckets: prometheus.ExponentialBuckets(0.0005, 2.5, 12),
 	}, []string{"route"})
@@ -165,6 +165,14 @@ func NewAPI(o APIOptions) (*API, error) {
 		if err := o.Registerer.Register(c); err != nil {
 			return nil, fmt.Errorf("register the HTTP API's metrics: %w", err)
 		}
+	}
+	if err := errors.Join(
+		registerGauge(o.Registerer, "http_requests_in_flight", "Requests to the HTTP API that are being served, but for its light ones.",
+			func() int { return int(a.serving.Load()) }),
+		registerGauge(o.Registerer, "http_requests_in_flight_bound", "Beyond so many requests are answered 503 (http.max_requests).",
+			func() int { return a.rules.Load().MaxRequests }),
+	); err != nil {
+		return nil, err
 	}
 	if a.logins, err = newLogins(r.Logins, o.Registerer); err != nil {
 		return nil, err

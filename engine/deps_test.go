@@ -13,8 +13,9 @@ func TestDependencies(t *testing.T) {
 		"codec":     {},
 		"registry":  {},
 		"transport": {"codec"},
-		"shard":     {"codec"},
-		"broker":    {"codec"},
+		"latency":   {},
+		"shard":     {"codec", "latency"},
+		"broker":    {"codec", "latency"},
 		"tracing":   {"codec"},
 		"bench":     {"codec", "bench"},
 		"engine":    {"codec", "transport", "shard", "broker", "registry", "tracing", "engine"},
@@ -35,7 +36,7 @@ func TestDependencies(t *testing.T) {
 			for _, m := range may {
 				ok = ok || top == m
 			}
-			if !ok || pkg == "codec" || pkg == "registry" {
+			if !ok || pkg == "codec" || pkg == "registry" || pkg == "latency" {
 				t.Errorf("%s imports %s", pkg, dep)
 			}
 		}

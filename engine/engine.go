@@ -15,7 +15,6 @@ import (
 
 	"github.com/cenkalti/backoff/v5"
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/redis/rueidis"
 	"github.com/rs/zerolog"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -105,7 +104,7 @@ func New(cfg Config, logger zerolog.Logger) (*Engine, error) {
 		return nil, err
 	}
 	e := &Engine{
-		cfg: cfg, metrics: prometheus.NewRegistry(), started: time.Now(),
+		cfg: cfg, metrics: newRegistry(), started: time.Now(),
 		ready:    NewReadiness(needEtcd, needKafka, needRedis, needKeys, needClients, needListener, needRegistry),
 		begin:    make(chan struct{}),
 		publicUp: make(chan struct{}),
@@ -136,8 +135,6 @@ func New(cfg Config, logger zerolog.Logger) (*Engine, error) {
 	if e.dependencies, err = newDependencies([]string{needEtcd, needKafka, needRedis, dependencyLogic}, e.log, e.metrics); err != nil {
 		return nil, err
 	}
-	e.metrics.MustRegister(collectors.NewGoCollector(),
-		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	e.hard, e.abort = context.WithCancel(context.Background())
 	return e, nil
 }

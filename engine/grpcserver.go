@@ -61,7 +61,7 @@ type GRPCServer struct {
 	auth   bool
 	acting *actingToken
 	logger zerolog.Logger
-	calls  *prometheus.CounterVec
+	calls  *rpcs
 }
 
 // NewGRPCServer returns a server that is not listening. It refuses to be reachable from other
@@ -80,13 +80,10 @@ func NewGRPCServer(o GRPCOptions) (*GRPCServer, error) {
 		auth:   o.Token != "",
 		acting: o.Acting,
 		logger: o.Logger,
-		calls: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "im_gateway_grpc_calls_total",
-			Help: "Calls to the gRPC server by method and status.",
-		}, []string{"method", "code"}),
 	}
-	if err := o.Registerer.Register(s.calls); err != nil {
-		return nil, fmt.Errorf("register the gRPC server's metrics: %w", err)
+	var err error
+	if s.calls, err = newRPCs("grpc", "to the gRPC server", o.Registerer); err != nil {
+		return nil, err
 	}
 	calls := []grpc.UnaryServerInterceptor{s.unary}
 	if o.Tracer != nil {
@@ -153,7 +150,8 @@ func (s *GRPCServer) Run(ctx context.Context, ln net.Listener) error {
 // unary authenticates, recovers and counts.
 func (s *GRPCServer) unary(ctx context.Context, request any, info *grpc.UnaryServerInfo,
 	handler grpc.UnaryHandler) (answer any, err error) {
-	defer func() { err = s.ended(info.FullMethod, recover(), err) }()
+	began := time.Now()
+	defer func() { err = s.ended(info.FullMethod, began, recover(), err) }()
 	if err := s.authenticate(ctx, info.FullMethod); err != nil {
 		return nil, err
 	}
@@ -163,19 +161,20 @@ func (s *GRPCServer) unary(ctx context.Context, request any, info *grpc.UnarySer
 // stream is as unary.
 func (s *GRPCServer) stream(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo,
 	handler grpc.StreamHandler) (err error) {
-	defer func() { err = s.ended(info.FullMethod, recover(), err) }()
+	defer func() { err = s.ended(info.FullMethod, time.Time{}, recover(), err) }()
 	if err := s.authenticate(stream.Context(), info.FullMethod); err != nil {
 		return err
 	}
 	return handler(server, stream)
 }
 
-func (s *GRPCServer) ended(method string, panicked any, err error) error {
+// ended counts a call; began is zero for a stream, whose length says nothing.
+func (s *GRPCServer) ended(method string, began time.Time, panicked any, err error) error {
 	if panicked != nil {
 		s.logger.Error().Str("method", method).Any("panic", panicked).Msg("panic in a gRPC call")
 		err = status.Error(codes.Internal, "internal error")
 	}
-	s.calls.WithLabelValues(method, status.Code(err).String()).Inc()
+	s.calls.ended(method, began, err)
 	return err
 }
 

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/connectivity"
@@ -61,6 +62,8 @@ type LogicOptions struct {
 	TLS      *tls.Config      // nil: no TLS
 	Resolver resolver.Builder // of the etcd scheme; required by an etcd target
 	Tracer   *tracing.Tracer  // nil: calls are not traced
+
+	Registerer prometheus.Registerer // nil: without metrics
 	// DialOptions are appended, for tests.
 	DialOptions []grpc.DialOption
 }
@@ -89,6 +92,13 @@ func NewLogic(o LogicOptions) (*grpc.ClientConn, error) {
 	}
 	if o.Resolver != nil {
 		opts = append(opts, grpc.WithResolvers(o.Resolver))
+	}
+	if o.Registerer != nil {
+		m, err := newRPCs("logic", "to im-logic", o.Registerer)
+		if err != nil {
+			return nil, err
+		}
+		opts = append(opts, grpc.WithChainUnaryInterceptor(m.client))
 	}
 	conn, err := grpc.NewClient(target, append(opts, o.DialOptions...)...)
 	if err != nil {

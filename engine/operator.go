@@ -140,7 +140,7 @@ func (p *Operator) Queues(context.Context, *gatewaypb.QueuesRequest) (*gatewaypb
 		return nil, status.Error(codes.Internal, err.Error())
 	}
 	answer := &gatewaypb.QueuesResponse{}
-	for _, q := range queues(&p.o.Config) {
+	for _, q := range queues() {
 		answer.Queues = append(answer.Queues, q.state(r))
 	}
 	return answer, nil

@@ -458,7 +458,7 @@ func TestQueuesStandAmongTheMetrics(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	list := queues(&e.cfg)
+	list := queues()
 	if len(list) < 15 {
 		t.Errorf("only %d queues", len(list))
 	}

@@ -100,6 +100,10 @@ func NewPeers(o PeersOptions) (*Peers, error) {
 		}
 		return float64(n)
 	})
+	if err := registerGauge(o.Registerer, "peer_kicks_waiting_bound", "How many may wait, for all gateways together; more are dropped.",
+		func() int { return o.Workers * o.Queue }); err != nil {
+		return nil, err
+	}
 	for _, c := range []prometheus.Collector{kicks, waiting} {
 		if err := o.Registerer.Register(c); err != nil {
 			return nil, fmt.Errorf("register the metrics of calls to other gateways: %w", err)

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"fmt"
+	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
@@ -47,7 +48,6 @@ type queue struct {
 	name, unit string
 	depth      series
 	bound      series // of each that depth adds up
-	fixed      int64  // the bound, where that is no metric
 	overflows  series
 	whenFull   string
 }
@@ -61,12 +61,16 @@ func shardQueue(name, what, whenFull string, overflows series) queue {
 }
 
 // queues lists what ARCHITECTURE.md lists, in the order in which a message meets them.
-func queues(c *Config) []queue {
+func queues() []queue {
 	plain := func(name string) series { return series{name: name} }
 	producer := func(name, unit, what, whenFull string, overflows series) queue {
+		bound := name + "_bound"
+		if of, ok := strings.CutSuffix(name, "_bytes"); ok {
+			bound = of + "_bound_bytes"
+		}
 		return queue{
 			name: what, unit: unit, whenFull: whenFull, overflows: overflows,
-			depth: plain("im_gateway_producer_" + name), bound: plain("im_gateway_producer_" + name + "_bound"),
+			depth: plain("im_gateway_producer_" + name), bound: plain("im_gateway_producer_" + bound),
 		}
 	}
 	messages := shardQueue("publishes", "HTTP to shards", "requests wait", series{})
@@ -81,12 +85,12 @@ func queues(c *Config) []queue {
 		},
 		{
 			name: "TLS handshakes", unit: "handshakes", whenFull: "the oldest is closed",
-			depth: plain("im_gateway_transport_tls_handshakes_in_flight"), fixed: int64(c.HTTP.TLS.MaxHandshakes),
+			depth: plain("im_gateway_transport_tls_handshakes_in_flight"), bound: plain("im_gateway_transport_tls_handshakes_in_flight_bound"),
 			overflows: series{"im_gateway_transport_tls_handshakes_total", "result", "shed"},
 		},
 		{
 			name: "HTTP connections", unit: "connections", whenFull: "new requests are refused with 503",
-			depth: plain("im_gateway_transport_http_connections"), fixed: int64(c.HTTP.MaxConnections),
+			depth: plain("im_gateway_transport_http_connections"), bound: plain("im_gateway_transport_http_connections_bound"),
 		},
 		shardQueue("ingress", "loops to shards", "the loops keep events and refuse messages with OVERLOADED",
 			plain("im_gateway_shard_ingress_full_total")),
@@ -102,7 +106,7 @@ func queues(c *Config) []queue {
 		{
 			name: "waiting for clients to read", unit: "bytes",
 			whenFull: "messages are refused with OVERLOADED, the largest debtors closed with 4000",
-			depth:    plain("im_gateway_shard_egress_bytes"), bound: plain("im_gateway_shard_egress_bytes_bound"),
+			depth:    plain("im_gateway_shard_egress_bytes"), bound: plain("im_gateway_shard_egress_bound_bytes"),
 			overflows: plain("im_gateway_shard_slow_consumers_total"),
 		},
 		producer("side_queue_records", "records", "undelivered and forwarded", "the consumer keeps them in its window", series{}),
@@ -117,7 +121,7 @@ func queues(c *Config) []queue {
 		{
 			name: "kicks to other gateways", unit: "kicks",
 			whenFull: "dropped; the other gateway finds out at its next presence refresh",
-			depth:    plain("im_gateway_peer_kicks_waiting"), fixed: defaultPeerWorkers * defaultPeerQueue,
+			depth:    plain("im_gateway_peer_kicks_waiting"), bound: plain("im_gateway_peer_kicks_waiting_bound"),
 			overflows: series{"im_gateway_peer_kicks_total", "outcome", "queue_full"},
 		},
 		calls,
@@ -133,6 +137,6 @@ func (q *queue) state(r reading) *gatewaypb.Queue {
 	}
 	overflows, _ := r.sum(q.overflows)
 	return &gatewaypb.Queue{
-		Name: q.name, Unit: q.unit, Depth: depth, Bound: bound + q.fixed, Overflows: overflows, WhenFull: q.whenFull,
+		Name: q.name, Unit: q.unit, Depth: depth, Bound: bound, Overflows: overflows, WhenFull: q.whenFull,
 	}
 }

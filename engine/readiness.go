@@ -69,6 +69,13 @@ func (r *Readiness) Drain(reason string) {
 // Done is closed when every condition has been met. A drain does not undo it.
 func (r *Readiness) Done() <-chan struct{} { return r.ready }
 
+// Draining tells whether the drain has begun.
+func (r *Readiness) Draining() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.draining != ""
+}
+
 // Missing returns the conditions that keep the gateway from being ready; none when it is.
 func (r *Readiness) Missing() []Condition {
 	r.mu.Lock()

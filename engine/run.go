@@ -64,6 +64,9 @@ func (e *Engine) startAdmin(context.Context) error {
 	e.adminAddr = ln.Addr()
 	if adminTLS != nil {
 		ln = tls.NewListener(ln, adminTLS)
+		if err := registerCertificate(e.metrics, "admin", adminTLS.GetCertificate); err != nil {
+			return errors.Join(err, ln.Close())
+		}
 	}
 	e.log.Info().Stringer("addr", e.adminAddr).Msg("admin port listens")
 	e.goTask("admin", func(ctx context.Context) error { return ServeAdmin(ctx, ln, h) })
@@ -94,10 +97,14 @@ func (e *Engine) startEtcd(ctx context.Context) error {
 	e.owner = registry.NewOwner(registry.OwnerOptions{
 		Client: e.etcd, GatewayID: e.cfg.GatewayID, Random: e.random, Instance: e.instance(), LeaseTTL: e.cfg.Etcd.LeaseTTL, Logger: e.log,
 	})
-	if err := e.metrics.Register(e.owner.LeaseLosses()); err != nil {
-		return fmt.Errorf("register the owner's metrics: %w", err)
+	if err := e.owner.Register(e.metrics); err != nil {
+		return fmt.Errorf("the owner: %w", err)
 	}
 	e.gateways = registry.NewGateways(e.etcd, e.log)
+	if err := registerGauge(e.metrics, "registry_gateways", "Gateways registered in etcd, this one among them, as far as is known.",
+		func() int { return e.gateways.Known() }); err != nil {
+		return err
+	}
 	e.goTask("gateways", func(ctx context.Context) error { e.gateways.Run(ctx); return nil })
 	err = e.owner.Acquire(ctx, func(reason error) {
 		e.ready.Waiting(needEtcd, reason.Error())
@@ -402,6 +409,7 @@ func (e *Engine) newServer() (*transport.Server, error) {
 	}
 	e.logic, err = NewLogic(LogicOptions{
 		Target: e.cfg.Logic.Target, TLS: logicTLS, Resolver: registry.NewResolver(e.etcd, e.log), Tracer: e.tracer,
+		Registerer: e.metrics,
 	})
 	if err != nil {
 		return nil, err
@@ -427,6 +435,9 @@ func (e *Engine) newServer() (*transport.Server, error) {
 			return nil, fmt.Errorf("http.tls: %w", err)
 		}
 		certificate = c.Certificate
+		if err := registerCertificate(e.metrics, "http", certificate); err != nil {
+			return nil, err
+		}
 	}
 	messages.server, err = transport.New(transport.Options{
 		Addr: e.cfg.HTTP.Addr, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,
@@ -495,6 +506,11 @@ func (e *Engine) startListener(ctx context.Context) error {
 	grpcTLS, err := e.cfg.GRPC.TLS.Server(e.log)
 	if err != nil {
 		return fmt.Errorf("grpc.tls: %w", err)
+	}
+	if grpcTLS != nil {
+		if err := registerCertificate(e.metrics, "grpc", grpcTLS.GetCertificate); err != nil {
+			return err
+		}
 	}
 	held := &sessions{Set: e.shards, connections: e.server.Connections, draining: e.draining.Load}
 	e.operator.serve(operatorParts{sessions: held, measure: e.shards.Measure, locate: e.presence.store.Locate})

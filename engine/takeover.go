@@ -87,6 +87,10 @@ func NewTakeover(o TakeoverOptions) (*Takeover, error) {
 	for _, event := range []string{"taken", "returned", "removed", "made_room", "handed_over", "failed"} {
 		t.outcomes.WithLabelValues(event)
 	}
+	if err := registerGauge(o.Registerer, "takeover_topics_bound", "How many topics this gateway may take over at a time (takeover.max_topics).",
+		func() int { return o.MaxTopics }); err != nil {
+		return nil, err
+	}
 	for _, c := range []prometheus.Collector{t.topics, t.waiting, t.outcomes} {
 		if err := o.Registerer.Register(c); err != nil {
 			return nil, fmt.Errorf("register the takeover's metrics: %w", err)

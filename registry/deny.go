@@ -103,7 +103,7 @@ func NewDenyList(o DenyListOptions) (*DenyList, error) {
 			Name: "im_gateway_deny_list_loads_total", Help: "Times that the deny list was read from Redis, by result.",
 		}, []string{"result"}),
 		entries: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "im_gateway_deny_list_entries", Help: "Entries of the deny list in force; at most 100,000.",
+			Name: "im_gateway_deny_list_entries", Help: "Entries of the deny list in force.",
 		}),
 		dropped: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "im_gateway_deny_list_dropped_total", Help: "Entries of the deny list beyond what is read, at each reading.",
@@ -112,7 +112,13 @@ func NewDenyList(o DenyListOptions) (*DenyList, error) {
 			Name: "im_gateway_deny_list_invalid_total", Help: "Entries of the deny list that could not be read.",
 		}),
 	}
-	for _, c := range []prometheus.Collector{d.loads, d.entries, d.dropped, d.bad} {
+	bound := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "im_gateway_deny_list_entries_bound", Help: "How many entries are read; of more, those that hold longest.",
+	}, func() float64 { return float64(o.Max) })
+	for _, result := range []string{"ok", "error"} {
+		d.loads.WithLabelValues(result)
+	}
+	for _, c := range []prometheus.Collector{d.loads, d.entries, d.dropped, d.bad, bound} {
 		if err := o.Registerer.Register(c); err != nil {
 			return nil, fmt.Errorf("register the deny list's metrics: %w", err)
 		}

@@ -40,7 +40,7 @@ type Registration struct {
 	manager  endpoints.Manager
 	key      string
 	endpoint endpoints.Endpoint
-	losses   prometheus.Counter
+	state    *leaseState
 	first    chan struct{} // closed by Run at the first success
 	stop     context.Context
 	stopNow  context.CancelFunc
@@ -80,12 +80,15 @@ func NewRegistration(o RegistrationOptions) (*Registration, error) {
 		key: endpointPrefix + "/" + o.Endpoint.GatewayID,
 		//lint:ignore SA1019 others read the metadata; as one string it does no harm
 		endpoint: endpoints.Endpoint{Addr: o.Endpoint.GRPCAddr, Metadata: string(metadata)},
-		losses:   newLosses("endpoint"),
+		state:    newLeaseState("endpoint", o.LeaseTTL),
 		first:    make(chan struct{}),
 		done:     make(chan struct{}),
 	}
 	r.stop, r.stopNow = context.WithCancel(context.Background())
-	return r, register(o.Registerer, r.losses, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+	if err := r.state.register(o.Registerer); err != nil {
+		return nil, err
+	}
+	return r, register(o.Registerer, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "im_gateway_registry_registered",
 		Help: "1 while the gateway's endpoint stands in etcd, as far as it knows.",
 	}, func() float64 {
@@ -128,8 +131,8 @@ func (r *Registration) Run(ctx context.Context) {
 		err := r.add(ctx)
 		if err == nil {
 			retry.Reset()
-			if err = keep(ctx, r.o.Client, r.lease, func() {}); err != nil {
-				r.losses.Inc()
+			if err = keep(ctx, r.o.Client, r.lease, r.state.confirm); err != nil {
+				r.state.lost()
 				r.registered.Store(false)
 			}
 		}
@@ -151,6 +154,7 @@ func (r *Registration) add(ctx context.Context) (err error) {
 		return fmt.Errorf("register %s: %w", r.key, err)
 	}
 	r.registered.Store(true)
+	r.state.confirm()
 	r.o.Logger.Info().Str("key", r.key).Str("grpc_addr", r.endpoint.Addr).Msg("registered in etcd")
 	select {
 	case <-r.first:
@@ -169,6 +173,7 @@ func (r *Registration) leave(ctx context.Context) {
 			return
 		}
 		r.registered.Store(false)
+		r.state.over()
 	}
 	r.o.Logger.Info().Str("key", r.key).Msg("taken out of etcd")
 }

@@ -82,6 +82,9 @@ func TestRegistrationEntry(t *testing.T) {
 	if metric(t, metrics, "im_gateway_registry_registered", "", "") != 1 {
 		t.Error("the gauge does not say registered")
 	}
+	if metric(t, metrics, "im_gateway_registry_lease_held", "lease", "endpoint") != 1 {
+		t.Error("the lease is not said to be held")
+	}
 
 	if err := r.Deregister(within(t)); err != nil {
 		t.Error(err)
@@ -91,6 +94,9 @@ func TestRegistrationEntry(t *testing.T) {
 	}
 	if metric(t, metrics, "im_gateway_registry_registered", "", "") != 0 {
 		t.Error("the gauge says registered")
+	}
+	if metric(t, metrics, "im_gateway_registry_lease_held", "lease", "endpoint") != 0 {
+		t.Error("the lease is still said to be held")
 	}
 	if n := metric(t, metrics, "im_gateway_registry_lease_losses_total", "", ""); n != 0 {
 		t.Errorf("%v lease losses counted", n)

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -188,6 +189,61 @@ func newLosses(lease string) prometheus.Counter {
 		Help:        "How often a lease in etcd was lost: of the gateway's endpoint, or of its ownership of the downstream topic.",
 		ConstLabels: prometheus.Labels{"lease": lease},
 	})
+}
+
+// leaseState is what is known of one of the gateway's leases: for the metrics, and to know whether it may have
+// ended. Any goroutine may read it.
+type leaseState struct {
+	name      string
+	ttl       time.Duration
+	began     time.Time
+	confirmed atomic.Int64 // when etcd last said that it lives, in ns since began; 0: it never has
+	losses    prometheus.Counter
+}
+
+func newLeaseState(name string, ttl time.Duration) *leaseState {
+	return &leaseState{name: name, ttl: ttl, began: time.Now(), losses: newLosses(name)}
+}
+
+// confirm notes that the lease lives.
+func (l *leaseState) confirm() { l.confirmed.Store(max(1, int64(time.Since(l.began)))) }
+
+// lost notes that it does not.
+func (l *leaseState) lost() {
+	l.losses.Inc()
+	l.confirmed.Store(-int64(2 * l.ttl))
+}
+
+// over notes that it was given up.
+func (l *leaseState) over() { l.confirmed.Store(0) }
+
+// age is the time since etcd confirmed the lease, or since there is nothing to be confirmed yet.
+func (l *leaseState) age() time.Duration {
+	return time.Since(l.began) - time.Duration(l.confirmed.Load())
+}
+
+// held tells whether it lives, as far as is known.
+func (l *leaseState) held() bool { return l.confirmed.Load() > 0 && l.age() <= l.ttl }
+
+// register registers the lease's metrics.
+func (l *leaseState) register(r prometheus.Registerer) error {
+	gauge := func(name, help string, f func() float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "im_gateway_registry_lease_" + name, Help: help, ConstLabels: prometheus.Labels{"lease": l.name},
+		}, f)
+	}
+	return register(r, l.losses,
+		gauge("held", "1 while a lease in etcd lives, as far as is known: of the gateway's endpoint, or of its ownership of the downstream topic.",
+			func() float64 {
+				if l.held() {
+					return 1
+				}
+				return 0
+			}),
+		gauge("age_seconds", "Time since etcd confirmed the lease; it ends when this reaches im_gateway_registry_lease_ttl_seconds.",
+			func() float64 { return l.age().Seconds() }),
+		gauge("ttl_seconds", "How long the lease lives without being confirmed (etcd.lease_ttl).",
+			func() float64 { return l.ttl.Seconds() }))
 }
 
 // register registers collectors.

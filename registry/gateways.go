@@ -61,6 +61,14 @@ func (g *Gateways) Owned(gatewayID string) bool {
 	return ok
 }
 
+// Known is how many gateways are registered, as far as is known.
+func (g *Gateways) Known() int {
+	if all := g.addrs.Load(); all != nil {
+		return len(*all)
+	}
+	return 0
+}
+
 // Addr returns the gRPC address of a gateway, or ErrUnknownGateway. It may be called from any
 // goroutine; it blocks only while nothing has been read yet.
 func (g *Gateways) Addr(ctx context.Context, gatewayID string) (string, error) {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -41,14 +40,12 @@ type OwnerOptions struct {
 //
 // Acquire first, then Run in a goroutine, Check from any, and Release after Run has returned.
 type Owner struct {
-	o         OwnerOptions
-	topicKey  string
-	ownerKey  string
-	kind      string
-	taker     bool // the topic is another gateway's
-	losses    prometheus.Counter
-	confirmed atomic.Int64 // when etcd last said that the lease lives, in ns since began
-	began     time.Time
+	o        OwnerOptions
+	topicKey string
+	ownerKey string
+	kind     string
+	taker    bool // the topic is another gateway's
+	state    *leaseState
 
 	epoch int64            // set by Acquire
 	lease clientv3.LeaseID // owned by Acquire, Run, Release in turn
@@ -79,7 +76,7 @@ type ownership struct {
 func NewOwner(o OwnerOptions) *Owner {
 	w := &Owner{
 		o: o, topicKey: topicPrefix + o.GatewayID, ownerKey: ownerPrefix + o.GatewayID,
-		kind: kindConfigured, losses: newLosses("owner"), began: time.Now(),
+		kind: kindConfigured, state: newLeaseState("owner", o.LeaseTTL),
 	}
 	if o.Random {
 		w.kind = kindRandom
@@ -87,8 +84,8 @@ func NewOwner(o OwnerOptions) *Owner {
 	return w
 }
 
-// LeaseLosses counts how often the owner's lease was lost, for the caller to register.
-func (w *Owner) LeaseLosses() prometheus.Collector { return w.losses }
+// Register registers the metrics of the owner's lease.
+func (w *Owner) Register(r prometheus.Registerer) error { return w.state.register(r) }
 
 // Acquire takes the ownership, in one transaction that raises the epoch. While etcd does not answer,
 // or another process holds the owner's key (a predecessor that crashed does so for its lease), it
@@ -179,17 +176,14 @@ func (w *Owner) put(ctx context.Context, now ownership, epoch int64) error {
 		return fmt.Errorf("write %s: %w", w.ownerKey, err)
 	}
 	w.lease = lease
-	w.confirm()
+	w.state.confirm()
 	return nil
 }
-
-// confirm notes that the lease lives.
-func (w *Owner) confirm() { w.confirmed.Store(int64(time.Since(w.began))) }
 
 // Lapsed tells whether etcd has not confirmed the ownership for so long that somebody else may have taken
 // the topic: the process was stopped, or etcd is away. Any goroutine may call it.
 func (w *Owner) Lapsed() bool {
-	return time.Since(w.began)-time.Duration(w.confirmed.Load()) > w.o.LeaseTTL
+	return w.state.age() > w.o.LeaseTTL
 }
 
 // mine returns nil when what stands is this process's: the last to take the topic.
@@ -221,12 +215,11 @@ func (w *Owner) Check(ctx context.Context) error {
 // key up: Release does.
 func (w *Owner) Run(ctx context.Context) error {
 	for {
-		err := keep(ctx, w.o.Client, w.lease, w.confirm)
+		err := keep(ctx, w.o.Client, w.lease, w.state.confirm)
 		if err == nil {
 			return nil
 		}
-		w.losses.Inc()
-		w.confirmed.Store(-int64(2 * w.o.LeaseTTL))
+		w.state.lost()
 		w.o.Logger.Warn().Err(err).Str("key", w.ownerKey).Msg("owner's lease lost")
 		retry := retryPolicy()
 		for {
@@ -267,6 +260,7 @@ func (w *Owner) Release(ctx context.Context) error {
 	if err := revoke(ctx, w.o.Client, w.lease); err != nil {
 		return fmt.Errorf("give %s up: %w", w.ownerKey, err)
 	}
+	w.state.over()
 	w.o.Logger.Info().Str("key", w.ownerKey).Msg("gave the downstream topic up")
 	return nil
 }

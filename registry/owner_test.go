@@ -225,7 +225,9 @@ func TestOwnerComesBack(t *testing.T) {
 			c := connect(t, e)
 			w := acquire(t, c, "g1", "p1")
 			metrics := prometheus.NewRegistry()
-			metrics.MustRegister(w.LeaseLosses())
+			if err := w.Register(metrics); err != nil {
+				t.Fatal(err)
+			}
 			ended, stop := runOwner(t, w)
 			_, before := get(t, c, "im-gateway-owners/g1")
 			tc.do(t, e, c, "im-gateway-owners/g1")
@@ -238,6 +240,12 @@ func TestOwnerComesBack(t *testing.T) {
 				}
 				return holder == "p1" && (lease != before || time.Now().After(late))
 			})
+			eventually(t, "the lease is held", func() bool {
+				return metric(t, metrics, "im_gateway_registry_lease_held", "lease", "owner") == 1
+			})
+			if ttl := metric(t, metrics, "im_gateway_registry_lease_ttl_seconds", "lease", "owner"); ttl != leaseTTL.Seconds() {
+				t.Errorf("a TTL of %v s", ttl)
+			}
 			if got, want := entryOf(t, c, "g1"), (topicEntry{"configured", 1, "p1"}); got != want {
 				t.Errorf("entry %+v, want %+v", got, want)
 			}
@@ -250,6 +258,9 @@ func TestOwnerComesBack(t *testing.T) {
 			}
 			if err := w.Release(within(t)); err != nil {
 				t.Error(err)
+			}
+			if metric(t, metrics, "im_gateway_registry_lease_held", "lease", "owner") != 0 {
+				t.Error("the lease is still said to be held")
 			}
 			if holder, _ := get(t, c, "im-gateway-owners/g1"); holder != "" {
 				t.Errorf("still owned by %q", holder)

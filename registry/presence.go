@@ -151,7 +151,7 @@ func NewPresence(o PresenceOptions) (*Presence, error) {
 		return nil, fmt.Errorf("presence: gateway_id %q is empty or has a bar in it", o.GatewayID)
 	}
 	seconds := prometheus.NewHistogramVec(prometheus.HistogramOpts{
-		Name:    "im_gateway_presence_seconds",
+		Name:    "im_gateway_presence_duration_seconds",
 		Help:    "Time of one pipelined chunk of presence operations, by kind.",
 		Buckets: prometheus.ExponentialBuckets(0.0002, 2.5, 11),
 	}, []string{"kind"})

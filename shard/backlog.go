@@ -2,6 +2,7 @@ package shard
 
 import (
 	"math"
+	"time"
 
 	"im-gateway/codec"
 )
@@ -17,11 +18,13 @@ type pendingFrame struct {
 	position uint64 // of its end in the stream
 	size     int32
 	since    int64 // Unix ms
+	stored   int64 // as Command.Stored
 	delivery codec.Delivery
 }
 
 type heldFrame struct {
 	payload  []byte
+	content  codec.Content
 	delivery codec.Delivery
 }
 
@@ -47,7 +50,7 @@ func (s *shard) dropBacklogIfEmpty(ses *session, l *backlog) {
 func (s *shard) addPending(ses *session, c *codec.Command) {
 	l := s.backlogOf(ses)
 	l.frames = append(l.frames, pendingFrame{
-		position: c.Position, size: int32(len(c.Payload)), since: s.now, delivery: c.Delivery,
+		position: c.Position, size: int32(len(c.Payload)), since: s.now, stored: c.Stored, delivery: c.Delivery,
 	})
 	s.handling = codec.Delivery{}
 	if len(l.frames) == 1 && ses.state == live {
@@ -65,6 +68,7 @@ func (s *shard) onFlushed(id codec.SessionID, position uint64) {
 	n := 0
 	for n < len(l.frames) && l.frames[n].position <= position {
 		s.wait(ses, -int(l.frames[n].size))
+		s.observeDelivery(l.frames[n].stored, s.now*int64(time.Millisecond))
 		s.end(l.frames[n].delivery, codec.EndDelivered)
 		n++
 	}

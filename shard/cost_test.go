@@ -77,13 +77,14 @@ func (q *quiet) settle() {
 func (q *quiet) upstream(b *codec.Builder, e *codec.IngressBatch) {
 	binary.BigEndian.PutUint32(nameC, binary.BigEndian.Uint32(nameC)+1) // a new message each time
 	u := b.Build(&codec.ClientMessage{Type: typeM, ClientMsgID: nameC, Data: dataOne}, "user", sessionID(0, 1), 1)
+	u.Received = q.s.now * int64(time.Millisecond)
 	e.Events = append(e.Events, codec.Event{Kind: codec.EventMessage, Session: sessionID(0, 1), Upstream: u})
 	for i := range e.Events {
 		q.s.onEvent(&e.Events[i])
 	}
 	clear(e.Events)
 	e.Events = e.Events[:0]
-	q.s.onResults(q.s.up)
+	q.s.onResults(q.s.up, q.s.began)
 	q.s.up.Records = q.s.up.Records[:0]
 	q.settle()
 }
@@ -368,7 +369,7 @@ func BenchmarkRouteBatch(b *testing.B) {
 		began := time.Now()
 		q.s.clock()
 		q.s.onIngress(batch)
-		q.s.onResults(q.s.up)
+		q.s.onResults(q.s.up, q.s.began)
 		q.s.up.Records = q.s.up.Records[:0]
 		q.settle()
 		took += time.Since(began)

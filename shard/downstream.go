@@ -53,7 +53,7 @@ func (s *shard) sendOrKick(ses *session, d codec.Delivery) {
 		return
 	}
 	s.current = ses.id
-	s.send(ses, d.Record.FrameFor(ses.protocol), d)
+	s.send(ses, d.Record.FrameFor(ses.protocol), d.Record.Content, d)
 }
 
 // deliverToAll delivers to each of the user's sessions that the record is for.

@@ -39,7 +39,7 @@ func (s *shard) drainStep() {
 		b := s.box(ses)
 		start := len(b.Arena)
 		b.Arena = ses.protocol.AppendReconnect(b.Arena, 1+rand.Int64N(reconnectDelay), d.reason, s.now) // #nosec G404 -- spreads load
-		s.send(ses, b.Arena[start:len(b.Arena):len(b.Arena)], codec.Delivery{})
+		s.send(ses, b.Arena[start:len(b.Arena):len(b.Arena)], codec.Content{Type: codec.FrameReconnect}, codec.Delivery{})
 	}
 	d.announce = d.announce[n:]
 	d.allowance += s.rules.CloseRate

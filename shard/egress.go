@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 	"sync/atomic"
+	"time"
 
 	"im-gateway/codec"
 )
@@ -47,22 +48,26 @@ func (s *shard) command(ses *session) *codec.Command {
 }
 
 // frame sends payload to the session. A delivery that it carries ends now or later, exactly once.
-func (s *shard) frame(ses *session, payload []byte, d codec.Delivery) {
+func (s *shard) frame(ses *session, payload []byte, content codec.Content, d codec.Delivery) {
 	if s.tooMuch(ses, payload) {
 		s.end(d, codec.EndSlowConsumer)
 		return
 	}
-	if s.meter != nil && d.Record != nil {
-		s.meter.received(ses.user, len(payload))
-	}
-	if ses.acks && d.Record != nil {
-		payload = s.awaitAck(ses, d)
-		d = codec.Delivery{}
+	var stored int64
+	if d.Record != nil {
+		stored = d.Record.Stored
+		if s.meter != nil {
+			s.meter.received(ses.user, len(payload))
+		}
+		if ses.acks {
+			payload = s.awaitAck(ses, d)
+			d = codec.Delivery{}
+		}
 	}
 	s.wait(ses, len(payload))
 	ses.out++
 	c := s.command(ses)
-	c.Kind, c.Payload, c.Delivery = codec.CommandFrame, payload, d
+	c.Kind, c.Payload, c.Content, c.Stored, c.Delivery = codec.CommandFrame, payload, content, stored, d
 	if d.Record != nil {
 		s.out[ses.id.Loop()].deliveries = true
 	}
@@ -123,10 +128,10 @@ func (s *shard) tooMuch(ses *session, payload []byte) bool {
 }
 
 // send is frame, but for a session whose `connected` has not gone out yet: its frames are held.
-func (s *shard) send(ses *session, payload []byte, d codec.Delivery) {
+func (s *shard) send(ses *session, payload []byte, content codec.Content, d codec.Delivery) {
 	switch ses.state {
 	case live:
-		s.frame(ses, payload, d)
+		s.frame(ses, payload, content, d)
 	case claiming:
 		if s.tooMuch(ses, payload) {
 			s.end(d, codec.EndSlowConsumer)
@@ -138,7 +143,7 @@ func (s *shard) send(ses *session, payload []byte, d codec.Delivery) {
 		if d.Record == nil {
 			payload = append([]byte(nil), payload...)
 		}
-		l.held = append(l.held, heldFrame{payload, d})
+		l.held = append(l.held, heldFrame{payload, content, d})
 		s.handling = codec.Delivery{}
 	default:
 		end := codec.EndOffline
@@ -162,7 +167,7 @@ func (s *shard) release(ses *session) {
 		s.wait(ses, -len(h.payload))
 	}
 	for _, h := range held {
-		s.send(ses, h.payload, h.delivery)
+		s.send(ses, h.payload, h.content, h.delivery)
 	}
 }
 
@@ -207,7 +212,7 @@ func (s *shard) onReturn(b *codec.EgressBatch) {
 	}
 	s.forEach(len(b.Commands), func(i int) {
 		if c := &b.Commands[i]; c.Kind == codec.CommandFrame {
-			s.onOutcome(c)
+			s.onOutcome(c, b.Written)
 		}
 	}, nil)
 	if cap(b.Arena) > maxKeptArena || cap(b.Commands) > maxKeptCommands {
@@ -217,7 +222,7 @@ func (s *shard) onReturn(b *codec.EgressBatch) {
 	o.spare[0], o.spare[1] = b, o.spare[0]
 }
 
-func (s *shard) onOutcome(c *codec.Command) {
+func (s *shard) onOutcome(c *codec.Command, written int64) {
 	s.current, s.handling = c.Session, c.Delivery
 	ses := s.lookup(c.Session)
 	if c.Outcome == codec.OutcomeBuffered && ses != nil {
@@ -227,6 +232,7 @@ func (s *shard) onOutcome(c *codec.Command) {
 	end := codec.EndOffline
 	if c.Outcome == codec.OutcomeFlushed {
 		end = codec.EndDelivered
+		s.observeDelivery(c.Stored, written)
 	}
 	if ses != nil {
 		s.wait(ses, -len(c.Payload))
@@ -235,4 +241,12 @@ func (s *shard) onOutcome(c *codec.Command) {
 		}
 	}
 	s.end(c.Delivery, end)
+}
+
+// observeDelivery counts how long a record took: from its time in Kafka, Unix ms, to its bytes in the
+// socket, Unix ns. 0: not known.
+func (s *shard) observeDelivery(stored, written int64) {
+	if stored != 0 && written != 0 {
+		s.deliverTime.Observe(written - stored*int64(time.Millisecond))
+	}
 }

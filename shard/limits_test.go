@@ -283,7 +283,7 @@ func TestUnackedMessages(t *testing.T) {
 	if n := value(l.s.metrics.unacked); n != 1 {
 		t.Errorf("%d refusals counted", n)
 	}
-	l.s.onResults(&codec.UpstreamBatch{Records: l.s.up.Records[:1]})
+	l.s.onResults(&codec.UpstreamBatch{Records: l.s.up.Records[:1]}, time.Now())
 	l.settle()
 	if code, _ := l.say("alice", alice, 1); code != "" {
 		t.Errorf("after an answer: %s", code)

@@ -28,6 +28,7 @@ type world struct {
 	sent     map[codec.SessionID][]string // frames, in order
 	closed   map[codec.SessionID]codec.CloseCode
 	outcome  func(*codec.Command) codec.Outcome
+	written  time.Time // when the loop says that it has; zero: now
 	resumed  int
 	pings    int
 	events   []string
@@ -122,6 +123,9 @@ func (w *world) Submit(b *codec.EgressBatch) {
 			w.closed[c.Session] = c.Code
 			ended = append(ended, codec.Event{Kind: codec.EventClose, Session: c.Session, Code: c.Code, Reason: c.Reason})
 		}
+	}
+	if b.Written = time.Now().UnixNano(); !w.written.IsZero() {
+		b.Written = w.written.UnixNano()
 	}
 	w.mu.Unlock()
 	w.set.Return(b)

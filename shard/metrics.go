@@ -9,22 +9,26 @@ import (
 	dto "github.com/prometheus/client_model/go"
 
 	"im-gateway/codec"
+	"im-gateway/latency"
 )
 
 // metrics are shared by the shards of a Set; every counter may be raised from any goroutine.
 type metrics struct {
-	opened, closed, degraded, expired, slow, panics, orphans, unknown prometheus.Counter
-	retries, recentUser, recentNode                                   prometheus.Counter
-	userRate, userFlood, userSessions, unacked                        prometheus.Counter
-	presenceDropped, presenceSkipped, presenceFull                    prometheus.Counter
-	ingressFull, upstreamFull, heartbeats                             prometheus.Counter
-	deliveries                                                        prometheus.Counter
-	ends                                                              [codec.NumEnds]prometheus.Counter
-	refused                                                           map[codec.Code]prometheus.Counter
-	accepted, stored, late                                            prometheus.Counter
-	failed                                                            map[codec.Code]prometheus.Counter
-	inFlight                                                          atomic.Int64
-	roundTime, tickTime                                               prometheus.Histogram
+	opened, closed, degraded, expired, slow, panics, unknown prometheus.Counter
+	orphanMessages, orphanResults                            prometheus.Counter
+	retries, recentUser, recentNode                          prometheus.Counter
+	userRate, userFlood, userSessions, unacked               prometheus.Counter
+	presenceDropped, presenceSkipped, presenceFull           prometheus.Counter
+	ingressFull, upstreamFull, heartbeats                    prometheus.Counter
+	deliveries                                               prometheus.Counter
+	ends                                                     [codec.NumEnds]prometheus.Counter
+	refused                                                  map[codec.Code]prometheus.Counter
+	accepted, stored, late                                   prometheus.Counter
+	failed                                                   map[codec.Code]prometheus.Counter
+	inFlight                                                 atomic.Int64
+	roundTime, tickTime                                      prometheus.Histogram
+	connectTime, ackTime, deliverTime                        *latency.Histogram
+	lifetime                                                 prometheus.Histogram
 }
 
 // refusals are the codes that a shard refuses messages with.
@@ -58,11 +62,10 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 		expired:         counter("sessions_expired_total", "Sessions closed because the token had expired."),
 		slow:            counter("slow_consumers_total", "Sessions closed because too much, or something for too long, was waiting to be read."),
 		panics:          counter("panics_total", "Panics caught in a shard."),
-		orphans:         counter("orphans_total", "Messages and results whose session had ended."),
 		unknown:         counter("ack_deadlines_total", "Records that had no result by the ack deadline."),
 		accepted:        counter("accepted_total", "Client messages accepted; each is stored, fails or is in flight."),
 		stored:          counter("stored_total", "Records that Kafka has acknowledged."),
-		late:            counter("stored_late_total", "Those of them that came after OUTCOME_UNKNOWN."),
+		late:            counter("stored_late_total", "Records that Kafka acknowledged after the client had been told OUTCOME_UNKNOWN."),
 		retries:         counter("retries_total", "Messages sent again under the same name, answered as the first was."),
 		presenceDropped: counter("presence_dropped_total", "Presence operations dropped because too many were waiting."),
 		presenceSkipped: counter("presence_skipped_total", "Presence refreshes left out because the one before was still waiting."),
@@ -73,16 +76,16 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 		deliveries:      counter("deliveries_total", "Deliveries taken in: one per record, target and session; one for a target that is not connected."),
 		refused:         map[codec.Code]prometheus.Counter{},
 		failed:          map[codec.Code]prometheus.Counter{},
-		roundTime:       duration("round_seconds", "How long a shard was busy at a time; the sum is all its working time."),
-		tickTime:        duration("tick_seconds", "How long a shard was busy with what was due, heartbeats above all, at a time."),
+		roundTime:       duration("round_duration_seconds", "How long a shard was busy at a time; the sum is all its working time."),
+		tickTime:        duration("tick_duration_seconds", "How long a shard was busy with what was due, heartbeats above all, at a time."),
 	}
 	ends := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "im_gateway_shard_ends_total",
-		Help: "How deliveries ended; their sum and what is in flight equal the deliveries taken in.",
+		Help: "How deliveries ended: delivered, or the reason why not. Their sum and im_gateway_shard_deliveries_open are im_gateway_shard_deliveries_total.",
 	}, []string{"end"})
 	register(ends)
-	for end := range m.ends {
-		m.ends[end] = ends.WithLabelValues(codec.End(end).String())
+	for end := codec.EndDelivered; end < codec.NumEnds; end++ {
+		m.ends[end] = ends.WithLabelValues(end.String())
 	}
 	refused := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "im_gateway_shard_refused_total", Help: "Client messages refused, by code.",
@@ -111,6 +114,27 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 	}, []string{"by"})
 	register(forgotten)
 	m.recentUser, m.recentNode = forgotten.WithLabelValues("user"), forgotten.WithLabelValues("node")
+	orphans := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "im_gateway_shard_orphans_total",
+		Help: "What came for a session that had ended: a client's message, which is dropped, or a result that nobody is told.",
+	}, []string{"what"})
+	register(orphans)
+	m.orphanMessages, m.orphanResults = orphans.WithLabelValues("message"), orphans.WithLabelValues("result")
+	m.lifetime = prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name: "im_gateway_shard_session_duration_seconds", Help: "How long sessions were connected, counted when they end.",
+		NativeHistogramBucketFactor: 1.1, Buckets: []float64{1, 10, 60, 300, 1800, 3600, 4 * 3600, 12 * 3600, 24 * 3600},
+	})
+	register(m.lifetime)
+	m.connectTime = latency.New("im_gateway_shard_connect_duration_seconds",
+		"From the answer to a handshake to the frame `connected`: claiming presence in Redis, above all.")
+	register(m.connectTime)
+	m.ackTime = latency.New("im_gateway_shard_ack_duration_seconds",
+		"From reading a client message to knowing that Kafka has acknowledged it.")
+	m.deliverTime = latency.New("im_gateway_shard_delivery_duration_seconds",
+		"From a downstream record's timestamp in Kafka to its bytes in a client's socket. The clocks of who set the timestamp "+
+			"and of the gateway are compared: what is negative counts as 0.")
+	register(m.ackTime)
+	register(m.deliverTime)
 	gauge := func(name, help string, f func(*shard) int64) {
 		register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "im_gateway_shard_" + name, Help: help},
 			func() float64 {
@@ -123,6 +147,14 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 	}
 	gauge("sessions", "Sessions held.", func(s *shard) int64 { return s.sessions.Load() })
 	gauge("users", "Users with a session.", func(s *shard) int64 { return s.userNum.Load() })
+	gauge("sessions_without_presence", "Sessions without an entry in Redis: new ones for a moment, all of them while it is away.",
+		func(s *shard) int64 { return s.absent.Load() })
+	gauge("presence_waiting", "Presence operations without a result.", func(s *shard) int64 { return s.asking.Load() })
+	gauge("presence_waiting_bound", "Beyond so many that could not be handed on, refreshes and releases are dropped.",
+		func(*shard) int64 { return maxPendingOps })
+	gauge("recent_messages", "Names of accepted messages that are remembered for retries.", func(s *shard) int64 { return s.known.Load() })
+	gauge("recent_messages_bound", "How many are remembered at the most (websocket.remembered_messages).",
+		func(s *shard) int64 { return int64(s.recent.max) })
 	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "im_gateway_shard_in_flight", Help: "Records handed to the broker without a result.",
 	}, func() float64 { return float64(m.inFlight.Load()) }))
@@ -130,14 +162,14 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 		Name: "im_gateway_shard_egress_bytes", Help: "Bytes that wait to be written to all clients.",
 	}, func() float64 { return float64(set.egress.Load()) }))
 	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "im_gateway_shard_egress_bytes_bound", Help: "Beyond so many bytes the node refuses; 0: no bound.",
+		Name: "im_gateway_shard_egress_bound_bytes", Help: "Beyond so many bytes the node refuses; 0: no bound.",
 	}, func() float64 { return float64(set.rules.Load().NodeEgressBudget) }))
 	register(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "im_gateway_shard_deliveries_open", Help: "Deliveries that have not ended.",
 	}, func() float64 {
 		open := value(m.deliveries)
-		for end := range m.ends {
-			open -= value(m.ends[end])
+		for _, end := range m.ends[codec.EndDelivered:] {
+			open -= value(end)
 		}
 		return float64(open)
 	}))
@@ -151,8 +183,8 @@ func newMetrics(set *Set, reg prometheus.Registerer) (*metrics, error) {
 		return (time.Duration(most) * tickLength).Seconds()
 	}))
 	register(&queueCollector{set: set,
-		depth: prometheus.NewDesc("im_gateway_shard_queue_depth", "Batches waiting in a shard's queue.", []string{"shard", "queue"}, nil),
-		bound: prometheus.NewDesc("im_gateway_shard_queue_bound", "The bound of each queue.", []string{"queue"}, nil),
+		depth: prometheus.NewDesc("im_gateway_shard_queue_depth", "Batches waiting in a shard's queue, calls in its queues control and publishes.", []string{"shard", "queue"}, nil),
+		bound: prometheus.NewDesc("im_gateway_shard_queue_bound", "The bound of each of a shard's queues.", []string{"queue"}, nil),
 	})
 	return m, failed
 }
@@ -193,6 +225,9 @@ func (s *shard) flushCounts() {
 	for end := range c.ends {
 		add(m.ends[end], &c.ends[end])
 	}
+	s.connectTime.Flush()
+	s.ackTime.Flush()
+	s.deliverTime.Flush()
 }
 
 func add(c prometheus.Counter, n *int) {

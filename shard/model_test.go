@@ -334,7 +334,7 @@ func (m *model) answer() {
 		c.stored[string(u.ClientMsgID)] = true
 		c.ackOrder = append(c.ackOrder, string(u.ClientMsgID))
 	}
-	m.wake(func() { m.s.onResults(b) })
+	m.wake(func() { m.s.onResults(b, m.s.opts.Now()) })
 }
 
 func (m *model) deliver() {

@@ -50,14 +50,17 @@ func (s *shard) flushPresence() {
 	n := len(s.ops)
 	if !s.opts.Presence.Submit(s.index, s.ops) {
 		s.metrics.presenceFull.Inc()
+		s.asking.Store(int64(s.outstanding + n))
 		return // offered again at the next round, a tick away at the most
 	}
 	s.outstanding += n
+	s.asking.Store(int64(s.outstanding))
 	s.ops = make([]PresenceOp, 0, min(n, maxKeptNotes)) // the next tick is likely to have as many
 }
 
 func (s *shard) onPresence(results []PresenceResult) {
 	s.outstanding -= len(results)
+	s.asking.Store(int64(s.outstanding + len(s.ops)))
 	s.forEach(len(results), func(i int) {
 		r := &results[i]
 		s.current = r.Session
@@ -90,6 +93,9 @@ func (s *shard) onClaim(ses *session, r *PresenceResult) {
 		ses.superseded = true
 		s.close(ses, codec.CloseReplaced, replacedReason)
 		return
+	}
+	if ses.version == 0 && r.Version != 0 {
+		s.absent.Add(-1)
 	}
 	ses.version = r.Version
 	if ses.state == claiming {

@@ -40,7 +40,7 @@ func (r *retrier) send(id codec.SessionID, user, name string) []*codec.Upstream 
 func (r *retrier) result(u *codec.Upstream, code codec.Code) {
 	r.offset++
 	u.Result = codec.UpstreamResult{Code: code, Partition: 3, Offset: r.offset}
-	r.s.onResults(&codec.UpstreamBatch{Records: []*codec.Upstream{u}})
+	r.s.onResults(&codec.UpstreamBatch{Records: []*codec.Upstream{u}}, time.Now())
 }
 
 // frames takes what the shard has for its clients.

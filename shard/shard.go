@@ -9,6 +9,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"im-gateway/codec"
+	"im-gateway/latency"
 )
 
 // rounds bounds how often a shard looks for more work before it hands on what it has.
@@ -41,6 +42,9 @@ type shard struct {
 	sessions atomic.Int64
 	userNum  atomic.Int64
 	lag      atomic.Int64 // ticks that the wheel is behind
+	absent   atomic.Int64 // sessions without an entry in Redis
+	asking   atomic.Int64 // presence operations without a result
+	known    atomic.Int64 // messages remembered for retries
 
 	// Owned by run.
 	now         int64     // Unix ms, once per round
@@ -70,6 +74,9 @@ type shard struct {
 	outstanding int          // submitted, without a result
 	touched     uint32       // see touch
 	counts      counts
+	connectTime latency.Local
+	ackTime     latency.Local
+	deliverTime latency.Local
 	drain       drain
 	meter       *meter // while somebody measures
 }
@@ -103,6 +110,9 @@ func newShard(set *Set, index int, m *metrics) *shard {
 		recent:         newRecent(o.RecentMessages / o.Shards),
 		rules:          set.rules.Load(),
 		accounts:       map[string]account{},
+		connectTime:    m.connectTime.Local(),
+		ackTime:        m.ackTime.Local(),
+		deliverTime:    m.deliverTime.Local(),
 	}
 	return s
 }
@@ -139,7 +149,7 @@ func (s *shard) round(ctx context.Context, tick <-chan time.Time) {
 			s.begin()
 		case b := <-s.results:
 			s.begin()
-			s.onResults(b)
+			s.onResults(b, s.began)
 		case b := <-deliveries:
 			s.begin()
 			s.onDeliveries(b)
@@ -196,7 +206,7 @@ func (s *shard) more(tick <-chan time.Time, deliveries *chan *codec.DeliveryBatc
 	case <-s.returned:
 		s.drainReturns()
 	case b := <-s.results:
-		s.onResults(b)
+		s.onResults(b, s.opts.Now())
 	case b := <-*deliveries:
 		s.onDeliveries(b)
 		*deliveries = nil
@@ -315,6 +325,7 @@ func (s *shard) onOpen(id codec.SessionID, o *codec.Open) {
 		s.unacked[refOf(id)] = &unacked{}
 	}
 	s.sessions.Add(1)
+	s.absent.Add(1)
 	s.metrics.opened.Inc()
 	if s.drain.on { // it takes nothing over: an older session of the user's lives out the drain
 		ses.superseded = true
@@ -365,11 +376,12 @@ func (s *shard) goLive(ses *session, degraded bool) {
 	if degraded {
 		s.metrics.degraded.Inc()
 	}
+	s.connectTime.Observe((s.now - ses.connectedAt) * int64(time.Millisecond))
 	b := s.box(ses)
 	start := len(b.Arena)
 	b.Arena = ses.protocol.AppendConnected(b.Arena, s.opts.GatewayID, ses.id.Name(s.opts.Nonce),
 		s.opts.Heartbeat.Milliseconds(), s.rules.MaxMessageBytes, degraded, s.now)
-	s.frame(ses, b.Arena[start:], codec.Delivery{})
+	s.frame(ses, b.Arena[start:], codec.Content{Type: codec.FrameConnected}, codec.Delivery{})
 	s.release(ses)
 	if ses.state != live { // what was held went over the budget
 		return
@@ -425,6 +437,10 @@ func (s *shard) forget(ses *session, end codec.End) {
 	if ses.device {
 		delete(s.devices, refOf(ses.id))
 	}
+	if ses.version == 0 {
+		s.absent.Add(-1)
+	}
+	s.metrics.lifetime.Observe(float64(s.now-ses.connectedAt) / 1000)
 	*ses = session{}
 	s.sessions.Add(-1)
 	s.userNum.Store(int64(len(s.users)))
@@ -464,11 +480,12 @@ func (s *shard) onRefresh(id codec.SessionID, expiresAt int64) {
 	b := s.box(ses)
 	start := len(b.Arena)
 	b.Arena = ses.protocol.AppendTokenRefreshed(b.Arena, expiresAt, s.now)
-	s.send(ses, b.Arena[start:], codec.Delivery{})
+	s.send(ses, b.Arena[start:], codec.Content{Type: codec.FrameTokenRefreshed}, codec.Delivery{})
 }
 
 func (s *shard) onTick() {
 	s.target = uint32(s.opts.Now().Sub(s.started) / tickLength)
+	s.known.Store(int64(len(s.recent.index)))
 	s.catchUp()
 	s.drainStep()
 	s.shedDebtors()

@@ -501,7 +501,7 @@ func route(w *world, s *shard, b *codec.IngressBatch, id codec.SessionID) {
 	clear(b.Events)
 	b.Events = b.Events[:0]
 	up := s.up
-	s.onResults(up)
+	s.onResults(up, s.began)
 	up.Records = up.Records[:0]
 	out := s.out[0].fill
 	for i := range out.Commands {

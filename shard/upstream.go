@@ -1,6 +1,8 @@
 package shard
 
 import (
+	"time"
+
 	"im-gateway/codec"
 )
 
@@ -41,7 +43,7 @@ func (f *flight) remove(u *codec.Upstream) {
 func (s *shard) onMessage(u *codec.Upstream) {
 	ses := s.lookup(u.Session)
 	if ses == nil || ses.state == closing {
-		s.metrics.orphans.Inc()
+		s.metrics.orphanMessages.Inc()
 		s.reply(u, codec.UpstreamResult{Code: codec.SessionNotFound})
 		s.done(u, codec.SessionNotFound)
 		return
@@ -110,12 +112,14 @@ func (s *shard) refuse(ses *session, u *codec.Upstream, code codec.Code, retryAf
 	}
 	b := s.box(ses)
 	start := len(b.Arena)
+	content := codec.Content{Type: codec.FrameError}
 	if len(u.ClientMsgID) > 0 {
+		content = codec.AckOf(code)
 		b.Arena = ses.protocol.AppendAckError(b.Arena, u.ClientMsgID, u.Temp, code, retryAfterMS, s.now)
 	} else {
 		b.Arena = ses.protocol.AppendError(b.Arena, code, refusalText(code), s.now)
 	}
-	s.send(ses, b.Arena[start:len(b.Arena):len(b.Arena)], codec.Delivery{})
+	s.send(ses, b.Arena[start:len(b.Arena):len(b.Arena)], content, codec.Delivery{})
 }
 
 func refusalText(code codec.Code) string {
@@ -168,11 +172,12 @@ func (s *shard) onPublish(u *codec.Upstream) {
 	s.accept(u)
 }
 
-// onResults answers the clients.
-func (s *shard) onResults(b *codec.UpstreamBatch) {
+// onResults answers the clients; now is when the batch was taken.
+func (s *shard) onResults(b *codec.UpstreamBatch, now time.Time) {
 	for _, u := range b.Records {
 		s.touch(u.Session)
 	}
+	at := now.UnixNano()
 	s.forEach(len(b.Records), func(i int) {
 		u := b.Records[i]
 		s.current = u.Session
@@ -180,6 +185,9 @@ func (s *shard) onResults(b *codec.UpstreamBatch) {
 		s.counts.inFlight--
 		if u.Result.Code == codec.OK {
 			s.counts.stored++
+			if u.Received != 0 {
+				s.ackTime.Observe(at - u.Received)
+			}
 			if u.Unknown {
 				s.counts.late++
 			}
@@ -224,7 +232,7 @@ func (s *shard) answer(u *codec.Upstream) {
 		return
 	case ses == nil:
 		if u.Session != 0 {
-			s.metrics.orphans.Inc()
+			s.metrics.orphanResults.Inc()
 		}
 		return
 	case ses.state == closing:
@@ -251,7 +259,7 @@ func (s *shard) acknowledge(ses *session, u *codec.Upstream) {
 	out := s.box(ses)
 	start := len(out.Arena)
 	out.Arena = ses.protocol.AppendAck(out.Arena, u, s.opts.Topic, s.now)
-	s.send(ses, out.Arena[start:len(out.Arena):len(out.Arena)], codec.Delivery{})
+	s.send(ses, out.Arena[start:len(out.Arena):len(out.Arena)], codec.AckOf(codec.OK), codec.Delivery{})
 }
 
 // reply answers the HTTP request that waits for a record, once; false: there is none. What is known later

@@ -130,7 +130,7 @@ func (cn *conn) write(b []byte) {
 		return
 	}
 	cn.written += uint64(len(b))
-	cn.l.s.metrics.bytesOut.Add(float64(len(b)))
+	cn.l.counts.bytesOut += len(b)
 	if err := cn.send(b); err != nil || cn.state == stateClosed {
 		return // gnet has closed it and told us
 	}

@@ -2,6 +2,7 @@ package transport
 
 import (
 	"context"
+	"time"
 
 	"im-gateway/codec"
 )
@@ -21,6 +22,7 @@ func (t *egressTask) Run(context.Context) error {
 	t.batch = nil
 	t.l.begin()
 	t.l.guard(nil, func() { t.l.run(b) })
+	b.Written = time.Now().UnixNano()
 	t.l.s.opts.Sink.Return(b)
 	return nil
 }
@@ -81,7 +83,6 @@ func (l *loop) run(b *codec.EgressBatch) {
 func (l *loop) serve(cn *conn, cmds []codec.Command, next []int32, head int32) {
 	out := l.scratch[:0]
 	start := cn.written
-	frames := 0
 	closeAt := int32(-1)
 	for i := head; i >= 0 && closeAt < 0; i = next[i] {
 		c := &cmds[i]
@@ -89,7 +90,7 @@ func (l *loop) serve(cn *conn, cmds []codec.Command, next []int32, head int32) {
 		case codec.CommandFrame:
 			out = cn.appendMessage(out, cn.op(), c.Payload)
 			c.Position = start + uint64(len(out))
-			frames++
+			l.counts.send(c.Content, len(c.Payload))
 		case codec.CommandPing:
 			var late bool
 			if out, late = cn.ping(out); late {
@@ -104,7 +105,6 @@ func (l *loop) serve(cn *conn, cmds []codec.Command, next []int32, head int32) {
 	if cap(l.scratch) > maxKeptScratch {
 		l.scratch = nil
 	}
-	l.s.metrics.messagesOut.Add(float64(frames))
 	cn.write(out)
 	l.outcomes(cn, cmds, next, head, closeAt)
 	if closeAt >= 0 && cn.state == stateOpen {

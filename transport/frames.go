@@ -109,12 +109,12 @@ func (cn *conn) readFrames() {
 	if err != nil && len(b) == 0 {
 		return
 	}
-	cn.l.s.metrics.bytesIn.Add(float64(len(b)))
 	if cn.asm != nil && len(cn.asm.rest) > 0 {
 		cn.readAfterRest(b)
 		return
 	}
 	n := cn.feed(b)
+	cn.l.counts.bytesIn += n
 	if cn.state != stateOpen {
 		return
 	}
@@ -129,6 +129,7 @@ func (cn *conn) readFrames() {
 func (cn *conn) readAfterRest(b []byte) {
 	all := append(cn.asm.rest, b...)
 	cn.asm.rest = nil
+	cn.l.counts.bytesIn += len(b)
 	if err := cn.discard(-1); err != nil {
 		cn.l.fail(cn, codec.CloseInternal, reasonInternal)
 		return

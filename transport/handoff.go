@@ -299,6 +299,7 @@ func (b *bridge) feed(p []byte) (dropped int) {
 		return 0
 	case b.dropped > 0 || len(b.in)+len(p) > bridgeInput:
 		b.dropped += len(p)
+		b.cn.l.s.metrics.httpDropped.Add(float64(len(p)))
 	default:
 		b.in = append(b.in, p...)
 	}

@@ -428,6 +428,7 @@ func (cn *conn) finishUpgrade(head []byte, inBuffer int, w wish, who Identity, e
 		l.startSession(cn, who, w)
 	}
 	if len(rest) > 0 {
+		l.counts.bytesIn += len(rest)
 		cn.feedOwned(rest)
 	}
 	if cn.state == stateOpen && cn.unread() {

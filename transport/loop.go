@@ -34,6 +34,7 @@ type loop struct {
 	flushDue bool   // a flush of this loop's own is on its way
 	flushing task   // that flush
 	now      int64  // Unix ms, at the start of the current piece of work
+	nanos    int64  // the same in ns
 	rules    *rules // the newest at that time
 
 	scratch []byte // frames on their way to one connection
@@ -44,8 +45,10 @@ type loop struct {
 	touched []*conn
 	hs      handshakeIO
 
-	deflater *deflater                  // nil: without compression
-	devices  map[codec.SessionID]string // ids of the devices of sessions that have named theirs
+	counts   counts
+	seen     struct{ heads, stalled atomic.Int64 } // as of the last tick, for the metrics
+	deflater *deflater                             // nil: without compression
+	devices  map[codec.SessionID]string            // ids of the devices of sessions that have named theirs
 
 	heads      []deadline // connections that have not finished their head, oldest first, and some that have
 	unfinished int        // of them those that have not
@@ -131,7 +134,8 @@ func newLoop(s *Server, index int) *loop {
 
 // begin begins a piece of work.
 func (l *loop) begin() {
-	l.now = time.Now().UnixMilli()
+	l.nanos = time.Now().UnixNano()
+	l.now = l.nanos / int64(time.Millisecond)
 	l.rules = l.s.rules.Load()
 }
 
@@ -187,10 +191,18 @@ func (l *loop) open(c gnet.Conn, first connState, from network) {
 	c.SetContext(cn)
 	l.heads = append(l.heads, deadline{cn, l.now + l.s.opts.HandshakeTimeout.Milliseconds()})
 	l.unfinished++
-	if bound := l.rules.HandshakesInFlight; bound > 0 && l.unfinished > max(1, bound/len(l.s.loops)) {
+	if bound := l.rules.headBound(l.s.opts.Loops); bound > 0 && l.unfinished > bound {
 		// The oldest has had the most time, and whoever means it needs little.
 		l.tickHeads(1)
 	}
+}
+
+// headBound is how many connections without a whole first head each of so many loops may have; 0: no bound.
+func (r *rules) headBound(loops int) int {
+	if r.HandshakesInFlight == 0 {
+		return 0
+	}
+	return max(1, r.HandshakesInFlight/loops)
 }
 
 // turnAway refuses a new connection.
@@ -287,10 +299,7 @@ func (l *loop) startSession(cn *conn, who Identity, w wish) {
 		User: who.User, ExpiresAt: who.ExpiresAt, ConnectedAt: l.now, Protocol: cn.protocol, Acks: w.acks,
 		DeviceID: dev, Device: cmp.Or(who.Device, w.device),
 	}})
-	l.s.metrics.sessions.Inc()
-	if cn.protocol == codec.SSE {
-		l.s.metrics.streams.Inc()
-	}
+	l.s.metrics.sessions[cn.protocol].Inc()
 }
 
 // endSession ends the connection's session, once: what the kernel took is reported before.
@@ -307,10 +316,7 @@ func (l *loop) endSession(cn *conn, code codec.CloseCode, reason string) {
 	delete(l.devices, cn.id)
 	link.free = append(link.free, cn.id.Index())
 	cn.id = 0
-	l.s.metrics.sessions.Dec()
-	if cn.protocol == codec.SSE {
-		l.s.metrics.streams.Dec()
-	}
+	l.s.metrics.sessions[cn.protocol].Dec()
 	l.s.metrics.close(code)
 }
 
@@ -373,6 +379,8 @@ func (l *loop) flush() {
 // tick looks after the few connections that need it: unfinished heads, lingering closes, backlogs.
 func (l *loop) tick() {
 	spare.ready()
+	l.flushCounts()
+	l.show()
 	l.tickHeads(0)
 	l.tickRevoked()
 	l.tickShaking()
@@ -380,6 +388,18 @@ func (l *loop) tick() {
 	l.tickBacklog()
 	l.tickSuspects()
 	l.tickPartials()
+}
+
+// show tells the metrics how much waits.
+func (l *loop) show() {
+	l.seen.heads.Store(int64(l.unfinished))
+	stalled := 0
+	for i := range l.shards {
+		if link := &l.shards[i]; link.stalled && link.pending != nil {
+			stalled += len(link.pending.Events)
+		}
+	}
+	l.seen.stalled.Store(int64(stalled))
 }
 
 // tickHeads ends the connections whose time for their first head is over, and so many of the oldest

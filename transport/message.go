@@ -29,8 +29,9 @@ const (
 // message handles one whole message; payload is the loop's until this returns.
 func (cn *conn) message(op ws.OpCode, payload []byte) {
 	l := cn.l
-	l.s.metrics.messagesIn.Inc()
 	if l.s.opts.Echo {
+		l.counts.receive(receivedOther, len(payload))
+		l.counts.send(codec.Content{}, len(payload))
 		if l.deflater != nil {
 			l.deflater.begin()
 		}
@@ -42,28 +43,32 @@ func (cn *conn) message(op ws.OpCode, payload []byte) {
 	}
 	rate := cn.spend(1, len(payload))
 	if rate == farBeyond {
+		l.counts.receive(receivedUnread, len(payload))
 		l.s.metrics.refuse(codec.RateLimited)
 		l.fail(cn, codec.ClosePolicy, reasonFlood)
 		return
 	}
 	var m codec.ClientMessage
 	if err := cn.protocol.ParseClient(payload, &m); err != nil {
+		l.counts.receive(receivedUnread, len(payload))
 		if refusal, ok := err.(*codec.ParseError); ok { // errors.As would allocate; it is never wrapped
 			cn.refuse(&m, refusal.Code, refusal.Message, 0)
 		}
 		return
 	}
+	what := receivedAs(m.Type)
+	l.counts.receive(what, len(payload))
 	if rate == beyondRate {
 		cn.refuse(&m, codec.RateLimited, "too many messages; the message was not stored", cn.retryAfterMS(len(payload)))
 		return
 	}
 	hookFrame(&m)
-	switch string(m.Type) {
-	case codec.TypePing:
-		cn.reply(cn.protocol.AppendPong(l.scratch[:0], l.now))
-	case codec.TypeRefreshToken:
+	switch what {
+	case receivedPing:
+		cn.reply(codec.Content{Type: codec.FramePong}, cn.protocol.AppendPong(l.scratch[:0], l.now))
+	case receivedRefreshToken:
 		cn.refreshToken(m.Token)
-	case codec.TypeDeliveryAck:
+	case receivedDeliveryAck:
 		l.acked(cn, m.DeliveryID)
 	default:
 		if text, retryMS := cn.upstream(&m, nil); text != "" {
@@ -87,7 +92,7 @@ func (cn *conn) upstream(m *codec.ClientMessage, reply chan<- codec.UpstreamResu
 		m.DeviceID = l.devices[cn.id]
 	}
 	u := l.builder.Build(m, cn.user, cn.id, l.now)
-	u.Reply = reply
+	u.Reply, u.Received = reply, l.nanos
 	l.emit(codec.Event{Kind: codec.EventMessage, Session: cn.id, Upstream: u})
 	return "", 0
 }
@@ -128,8 +133,9 @@ const overloadRetryMS = 500
 const pressureRetryMS = 5000
 
 // reply queues a frame of the loop's own for the connection being read. payload may be scratch.
-func (cn *conn) reply(payload []byte) {
+func (cn *conn) reply(content codec.Content, payload []byte) {
 	l := cn.l
+	l.counts.send(content, len(payload))
 	l.scratch = payload[:0]
 	if cn.protocol == codec.SSE {
 		l.replies = append(l.replies, payload...)
@@ -146,10 +152,16 @@ func (cn *conn) refuse(m *codec.ClientMessage, code codec.Code, text string, ret
 	l := cn.l
 	l.s.metrics.refuse(code)
 	if len(m.ClientMsgID) > 0 {
-		cn.reply(cn.protocol.AppendAckError(l.scratch[:0], m.ClientMsgID, m.Temp, code, retryMS, l.now))
+		cn.reply(codec.AckOf(code), cn.protocol.AppendAckError(l.scratch[:0], m.ClientMsgID, m.Temp, code, retryMS, l.now))
 		return
 	}
-	cn.reply(cn.protocol.AppendError(l.scratch[:0], code, text, l.now))
+	cn.replyError(code, text)
+}
+
+// replyError answers what has no name.
+func (cn *conn) replyError(code codec.Code, text string) {
+	l := cn.l
+	cn.reply(codec.Content{Type: codec.FrameError}, cn.protocol.AppendError(l.scratch[:0], code, text, l.now))
 }
 
 // refreshToken checks a new token for the session, off the loop where that is slow.
@@ -160,7 +172,7 @@ func (cn *conn) refreshToken(token []byte) {
 		return
 	}
 	if cn.checking {
-		cn.reply(cn.protocol.AppendError(l.scratch[:0], codec.RateLimited, "a token is being checked already", l.now))
+		cn.replyError(codec.RateLimited, "a token is being checked already")
 		return
 	}
 	token = append([]byte(nil), token...)
@@ -179,13 +191,13 @@ func (cn *conn) refreshToken(token []byte) {
 	case l.s.verify <- check:
 		cn.own().checking = true
 	default:
-		cn.reply(cn.protocol.AppendError(l.scratch[:0], codec.Overloaded, "too many tokens are being checked, try again later", l.now))
+		cn.replyError(codec.Overloaded, "too many tokens are being checked, try again later")
 	}
 }
 
 func (cn *conn) refreshed(who Identity, err error) {
 	if refusal := cn.renew(who, err); refusal != "" {
-		cn.reply(cn.protocol.AppendError(cn.l.scratch[:0], codec.AuthFailed, refusal, cn.l.now))
+		cn.replyError(codec.AuthFailed, refusal)
 	}
 }
 

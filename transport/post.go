@@ -76,6 +76,8 @@ func (cn *conn) post(p *post) *Posted {
 		l.s.metrics.refuse(code)
 		return &Posted{Result: codec.UpstreamResult{Code: code, RetryAfterMS: retryMS}, Message: text}
 	}
+	what := receivedAs(p.m.Type)
+	l.counts.receive(what, p.bytes)
 	switch cn.spend(1, p.bytes) {
 	case farBeyond:
 		l.fail(cn, codec.ClosePolicy, reasonFlood)
@@ -86,16 +88,16 @@ func (cn *conn) post(p *post) *Posted {
 	}
 	hookFrame(p.m)
 	done := &Posted{}
-	switch string(p.m.Type) {
-	case codec.TypePing:
-		cn.reply(cn.protocol.AppendPong(l.scratch[:0], l.now))
+	switch what {
+	case receivedPing:
+		cn.reply(codec.Content{Type: codec.FramePong}, cn.protocol.AppendPong(l.scratch[:0], l.now))
 		cn.flushReplies()
-	case codec.TypeRefreshToken:
+	case receivedRefreshToken:
 		if refusal := cn.renew(l.recheck(p.who, p.err)); refusal != "" {
 			return refuse(codec.AuthFailed, refusal, 0)
 		}
 		done.ExpiresAt = p.who.ExpiresAt
-	case codec.TypeDeliveryAck:
+	case receivedDeliveryAck:
 		l.acked(cn, p.m.DeliveryID)
 	default:
 		if refusal, retryMS := cn.upstream(p.m, p.reply); refusal != "" {

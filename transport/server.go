@@ -473,6 +473,7 @@ func (s *Server) identify(token []byte) (who Identity, err error) {
 // OnOpen implements gnet.EventHandler; on the connection's loop.
 func (s *Server) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 	n := int(s.connections.Add(1))
+	s.metrics.accepted.Inc()
 	l := s.loopOf(c)
 	l.begin()
 	if !spare.ready() || n > l.rules.MaxConnections+courtesy {

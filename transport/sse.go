@@ -101,7 +101,7 @@ func (cn *conn) discardInput() {
 	if err != nil && len(b) == 0 {
 		return
 	}
-	cn.l.s.metrics.bytesIn.Add(float64(len(b)))
+	cn.l.counts.bytesIn += len(b)
 	rate := cn.spend(0, len(b))
 	if cn.discard(-1) != nil {
 		cn.l.fail(cn, codec.CloseInternal, reasonInternal)

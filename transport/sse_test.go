@@ -164,7 +164,7 @@ func TestStreamAnswers(t *testing.T) {
 		t.Errorf("opened %+v", e.Open)
 	}
 	eventually(t, func() bool {
-		return testutil.ToFloat64(s.metrics.streams) == 0 && testutil.ToFloat64(s.metrics.sessions) == 0
+		return testutil.ToFloat64(s.metrics.sessions[codec.SSE]) == 0
 	})
 }
 
@@ -249,7 +249,7 @@ func TestStream(t *testing.T) {
 					t.Errorf("got %.60q, want %.60q", got, want)
 				}
 			}
-			if n := testutil.ToFloat64(s.metrics.streams); n != 1 {
+			if n := testutil.ToFloat64(s.metrics.sessions[codec.SSE]); n != 1 {
 				t.Errorf("%v streams", n)
 			}
 			closing := codec.Command{Kind: codec.CommandClose, Session: id, Code: codec.CloseReplaced, Reason: "replaced \"by\" a newer session\n"}
@@ -268,7 +268,7 @@ func TestStream(t *testing.T) {
 				t.Errorf("closed %+v", e)
 			}
 			_ = c.Close()
-			eventually(t, func() bool { return testutil.ToFloat64(s.metrics.streams) == 0 && s.Connections() == 0 })
+			eventually(t, func() bool { return testutil.ToFloat64(s.metrics.sessions[codec.SSE]) == 0 && s.Connections() == 0 })
 		})
 	}
 }

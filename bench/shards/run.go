@@ -161,9 +161,9 @@ func (d *driver) read() (reading, error) {
 	}
 	for _, f := range families {
 		switch f.GetName() {
-		case "im_gateway_shard_round_seconds":
+		case "im_gateway_shard_round_duration_seconds":
 			r.round = durationsOf(f.GetMetric()[0].GetHistogram())
-		case "im_gateway_shard_tick_seconds":
+		case "im_gateway_shard_tick_duration_seconds":
 			r.tick = durationsOf(f.GetMetric()[0].GetHistogram())
 		}
 	}

@@ -321,7 +321,7 @@ func (r *running) settled(ctx context.Context) {
 	var sessions, connections float64
 	left := until(ctx, func() bool {
 		m, err := r.g.Metrics(ctx)
-		sessions, connections = m["im_gateway_transport_sessions"], m["im_gateway_transport_connections"]
+		sessions, connections = m["im_gateway_shard_sessions"], m["im_gateway_transport_connections"]
 		return err == nil && m["im_gateway_memory_pressure"] == 0 && sessions <= float64(r.users+slack) && connections <= float64(r.users+slack)
 	})
 	r.check(left, "%d users are there, but %v sessions and %v connections", r.users, sessions, connections)

@@ -293,7 +293,7 @@ func fanOut(ctx context.Context, r *running) error {
 		if err != nil {
 			return fmt.Errorf("fan out: %w", err)
 		}
-		if m["im_gateway_transport_sessions"] < float64(r.users+r.spec.N/10) {
+		if m["im_gateway_shard_sessions"] < float64(r.users+r.spec.N/10) {
 			return nil // records for users who are gone are another matter
 		}
 	}

@@ -199,7 +199,7 @@ func TestEventStream(t *testing.T) {
 	eventually(t, "every delivery has ended", func() bool {
 		return g.metric("im_gateway_shard_deliveries_open") == "0" && g.metric(`im_gateway_shard_ends_total{end="delivered"}`) == "3"
 	})
-	if n := g.metric("im_gateway_transport_event_streams"); n != "1" {
+	if n := g.metric(`im_gateway_transport_sessions{protocol="sse"}`); n != "1" {
 		t.Errorf("%s event streams", n)
 	}
 	// Nobody else's session, and none of another gateway.
