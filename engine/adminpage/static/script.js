@@ -164,23 +164,31 @@ async function act(path, body, token = sessionStorage.getItem(tokenKey)) {
   return undefined;
 }
 
-// ask opens the dialog; it is true, or the reason that was typed in, when the answer is yes.
+// question takes the answer to the dialog that is open. The dialog's own close event comes late: after the
+// next question, if somebody is quick.
+let question = null;
+
+function settle(value) {
+  $("ask").close();
+  question?.(value);
+  question = null;
+}
+
+// ask opens the dialog; it is false, or what was typed in when the answer is yes.
 function ask(title, text, yes, withReason) {
+  question?.(false);
   $("ask-title").textContent = title;
   $("ask-text").textContent = text;
   $("ask-yes").textContent = yes;
   $("ask-reason-row").hidden = !withReason;
   $("ask-reason").value = "";
-  $("ask").returnValue = "";
   $("ask").showModal();
-  return new Promise((done) => {
-    $("ask").addEventListener("close", () => {
-      done($("ask").returnValue === "yes" && { reason: $("ask-reason").value });
-    }, { once: true });
-  });
+  return new Promise((done) => { question = done; });
 }
 
-$("ask-no").addEventListener("click", () => $("ask").close(""));
+$("ask-no").addEventListener("click", () => settle(false));
+$("ask").addEventListener("cancel", (e) => { e.preventDefault(); settle(false); }); // the escape key
+$("ask-form").addEventListener("submit", (e) => { e.preventDefault(); settle({ reason: $("ask-reason").value }); });
 
 $("unlock")?.addEventListener("submit", async (e) => {
   e.preventDefault();
