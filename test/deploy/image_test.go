@@ -250,6 +250,11 @@ func (s *stage) serves(t *testing.T) {
 	if got := status("http://" + public + "/healthz"); got != http.StatusOK {
 		t.Errorf("the public port answers %d", got)
 	}
+	check := exec.Command(service.HealthCheck.Test[1], service.HealthCheck.Test[2:]...)
+	check.Env, check.Dir, check.SysProcAttr = cmd.Env, "/", &syscall.SysProcAttr{Chroot: s.dir, Credential: cmd.SysProcAttr.Credential}
+	if out, err := check.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("im-gateway-0")) {
+		t.Errorf("health check: %v\n%s", err, out)
+	}
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}

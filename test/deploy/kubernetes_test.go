@@ -13,6 +13,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -85,6 +86,9 @@ func (m *manifests) settings(t *testing.T) config {
 	t.Helper()
 	env := map[string]string{}
 	for _, e := range m.container().Env {
+		if !strings.HasPrefix(e.Name, "IM_") {
+			continue
+		}
 		env[e.Name] = e.Value
 		if e.ValueFrom != nil {
 			env[e.Name] = "im-gateway-0"
@@ -103,6 +107,7 @@ func TestKubernetes(t *testing.T) {
 			m := build(t, dir)
 			c := m.settings(t)
 			m.timesAgree(t, c)
+			m.memoryAgrees(t, c)
 			m.portsAgree(t, c)
 			m.namesAgree(t)
 			m.leastPrivilege(t)
@@ -111,6 +116,22 @@ func TestKubernetes(t *testing.T) {
 				t.Errorf("the controller is not let in, or not believed: %v", c["http.trusted_proxies"])
 			}
 		})
+	}
+}
+
+// memoryAgrees: Go's limit leaves the kernel 4 KB of the pod's memory for each connection.
+func (m *manifests) memoryAgrees(t *testing.T, c config) {
+	var golimit string
+	for _, e := range m.container().Env {
+		if e.Name == "GOMEMLIMIT" {
+			golimit = e.Value
+		}
+	}
+	limit := m.container().Resources.Limits.Memory().Value()
+	forGo, err := resource.ParseQuantity(strings.TrimSuffix(golimit, "B"))
+	most, ok := c["websocket.max_connections"].(int)
+	if err != nil || !ok || forGo.Value()+int64(most)*4096 > limit {
+		t.Errorf("Go may take %s of %d for %d connections: %v", golimit, limit, most, err)
 	}
 }
 
