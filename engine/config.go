@@ -118,7 +118,7 @@ type WebSocket struct {
 	// the first one's ack and is not stored twice. 0: none. Cost: about 120 bytes each.
 	RememberedMessages int `koanf:"remembered_messages" range:"0..10000000"`
 	// Connections held at once; further ones are refused. 0: what the limit on open files allows,
-	// with head-room for the gateway's own. Cost: about 4 KiB of memory each, kernel included.
+	// with head-room for the gateway's own. Cost: about 5 KB of memory each, kernel included.
 	MaxConnections int `koanf:"max_connections" range:"0..16000000"`
 	// The web origins that browsers may connect from; * stands for every origin. Empty: every origin,
 	// which is safe as sessions are opened by tokens, never by cookies.

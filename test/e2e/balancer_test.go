@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
@@ -235,6 +236,7 @@ func (lb *balancer) servesUser() {
 	}
 	produce(lb.t, at, m.name, fmt.Sprintf(`{"target_user_id":%q,"message_id":"down","data":1}`, m.name))
 	eventually(lb.t, "a push comes through", func() bool { return m.has("down") })
+	lb.streams(user("reader"))
 	req, err := http.NewRequest(http.MethodPost, lb.url("http", "/api/messages"), strings.NewReader(`{"type":"m","message_id":"two","data":2}`))
 	if err != nil {
 		lb.t.Fatal(err)
@@ -249,6 +251,38 @@ func (lb *balancer) servesUser() {
 	if resp.StatusCode != http.StatusOK || !bytes.Contains(text, []byte(`"success":true`)) {
 		lb.t.Errorf("POST /api/messages: %s %s", resp.Status, text)
 	}
+}
+
+// streams: an event stream is read as it comes, not when it is long enough.
+func (lb *balancer) streams(name string) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, lb.url("http", "/sse"), nil)
+	if err != nil {
+		lb.t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+token(lb.t, name, time.Hour))
+	resp, err := lb.http("127.0.1.3").Do(req)
+	if err != nil {
+		lb.t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	lines := bufio.NewScanner(resp.Body)
+	until := func(text string) {
+		for lines.Scan() {
+			if strings.Contains(lines.Text(), text) {
+				return
+			}
+		}
+		lb.t.Fatalf("the stream ended before %s: %v", text, lines.Err())
+	}
+	until("connected")
+	at := lb.a
+	if presence(lb.t, name)["gateway_id"] == lb.b.id {
+		at = lb.b
+	}
+	produce(lb.t, at, name, fmt.Sprintf(`{"target_user_id":%q,"message_id":"event","data":1}`, name))
+	until("event")
 }
 
 // movesUsers: users on both gateways talk and are talked to while one of them drains. All go over to the
