@@ -2,7 +2,7 @@ GO      ?= go
 TIMEOUT ?= 900s
 
 .DEFAULT_GOAL := help
-.PHONY: help build abuse bench chaos fuzz run test test-fast test-unit test-real test-schema test-chaos test-abuse test-deploy test-js lint release release-check lint-security generate clean
+.PHONY: help build abuse bench chaos fuzz run test test-fast test-unit test-real test-schema test-specs test-chaos test-abuse test-deploy test-js lint release release-check lint-security generate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -14,7 +14,7 @@ run: ## the whole system in one process, with a demo page
 	@CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/im-dev
 	@exec bin/im-dev
 
-test: lint test-unit test-schema test-js test-real test-chaos test-abuse test-deploy ## everything: lint, unit tests with -race, end to end on real servers, the HTTP API by its document, the JavaScript client, faults, abuse, what deploy/ ships
+test: lint test-unit test-specs test-schema test-js test-real test-chaos test-abuse test-deploy ## everything: lint, unit tests with -race, end to end on real servers, the documents and their linters, the HTTP API by its document, the JavaScript client, faults, abuse, what deploy/ ships
 
 test-fast: ## unit tests and end to end on embedded servers; needs only Go
 	$(GO) test ./bench/... ./broker/... ./cmd/... ./codec ./engine/... ./registry/... ./shard/... ./tracing ./transport/...
@@ -26,6 +26,14 @@ test-unit:
 
 test-schema: build ## drive the HTTP API by its OpenAPI document; needs python3 with venv and fetches schemathesis
 	test/schema/run.sh
+
+specs := test/specs/node_modules/.package-lock.json
+
+test-specs: $(specs) ## lint the OpenAPI and AsyncAPI documents and the protobuf files; needs node and npm
+	cd test/specs && npm run -s openapi && npm run -s asyncapi && npm run -s protobuf
+
+$(specs): test/specs/package-lock.json
+	cd test/specs && npm ci --no-audit --no-fund --ignore-scripts
 
 test-real:
 	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./registry/...
