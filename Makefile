@@ -17,11 +17,11 @@ run: ## the whole system in one process, with a demo page
 test: lint test-unit test-specs test-schema test-js test-real test-chaos test-abuse test-deploy ## everything: lint, unit tests with -race, end to end on real servers, the documents and their linters, the HTTP API by its document, the JavaScript client, faults, abuse, what deploy/ ships
 
 test-fast: ## unit tests and end to end on embedded servers; needs only Go
-	$(GO) test ./bench/... ./broker/... ./cmd/... ./codec ./engine/... ./registry/... ./shard/... ./tracing ./transport/...
+	$(GO) test ./bench/... ./broker/... ./cmd/... ./codec ./engine/... ./registry/... ./shard/... ./transport/...
 	$(GO) test -count=1 -timeout $(TIMEOUT) -skip 'InChromium|TestBehind' ./test/e2e -backend=embedded
 
 test-unit:
-	$(GO) test -race -timeout $(TIMEOUT) ./bench/... ./broker/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./tracing ./transport/... ./client/... ./test/chaos/judge ./test/chaos/traffic ./test/abuse/...
+	$(GO) test -race -timeout $(TIMEOUT) ./bench/... ./broker/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./transport/... ./client/... ./test/chaos/judge ./test/chaos/traffic ./test/abuse/...
 	cd bench/peers && $(GO) test -timeout $(TIMEOUT) -run 'TestEcho|TestCentrifuge|TestRawWrite' .
 
 test-schema: build ## drive the HTTP API by its OpenAPI document; needs python3 with venv and fetches schemathesis
@@ -93,7 +93,7 @@ lint: ## gofmt, go vet, staticcheck
 # of go.mod: it would bring some forty modules into it.
 lint-security: ## gosec; fetches and builds it
 	$(GO) run github.com/securego/gosec/v2/cmd/gosec@v2.30.0 -quiet -exclude=G115 -exclude-generated \
-		./broker/... ./client/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./tracing ./transport/...
+		./broker/... ./client/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./transport/...
 
 release: ## cross-build the commit into dist/: archives, checksums, bills of materials
 	GO=$(GO) scripts/release.sh

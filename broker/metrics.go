@@ -5,7 +5,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"im-gateway/latency"
+	"im-gateway/codec/latency"
 )
 
 // register adds the collectors, or says which name is taken.

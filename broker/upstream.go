@@ -8,7 +8,7 @@ import (
 	"github.com/IBM/sarama"
 
 	"im-gateway/codec"
-	"im-gateway/latency"
+	"im-gateway/codec/latency"
 )
 
 // Header names of what the gateway produces; never written to.

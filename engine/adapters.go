@@ -12,9 +12,9 @@ import (
 
 	"im-gateway/broker"
 	"im-gateway/codec"
+	"im-gateway/engine/tracing"
 	"im-gateway/registry"
 	"im-gateway/shard"
-	"im-gateway/tracing"
 	"im-gateway/transport"
 )
 

@@ -17,7 +17,7 @@ import (
 
 	"im-gateway/codec"
 	"im-gateway/codec/logicpb"
-	"im-gateway/tracing"
+	"im-gateway/engine/tracing"
 	"im-gateway/transport"
 )
 

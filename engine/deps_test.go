@@ -13,18 +13,18 @@ func TestDependencies(t *testing.T) {
 		"codec":     {},
 		"registry":  {},
 		"transport": {"codec"},
-		"latency":   {},
-		"shard":     {"codec", "latency"},
-		"broker":    {"codec", "latency"},
-		"tracing":   {"codec"},
+		"shard":     {"codec"},
+		"broker":    {"codec"},
 		"bench":     {"codec", "bench"},
-		"engine":    {"codec", "transport", "shard", "broker", "registry", "tracing", "engine"},
+		"engine":    {"codec", "transport", "shard", "broker", "registry", "engine"},
 
 		"engine/adminpage": {"codec"},
+		"engine/tracing":   {"codec"},
+		"codec/latency":    {},
 	}
 	for pkg, may := range allowed {
 		for _, dep := range goList(t, "{{join .Imports \"\\n\"}}", module+pkg) {
-			if strings.HasPrefix(dep, "go.opentelemetry.io/") && pkg != "tracing" {
+			if strings.HasPrefix(dep, "go.opentelemetry.io/") && pkg != "engine/tracing" {
 				t.Errorf("%s imports %s", pkg, dep)
 			}
 			ours, found := strings.CutPrefix(dep, module)
@@ -36,7 +36,7 @@ func TestDependencies(t *testing.T) {
 			for _, m := range may {
 				ok = ok || top == m
 			}
-			if !ok || pkg == "codec" || pkg == "registry" || pkg == "latency" {
+			if !ok || pkg == "codec" || pkg == "registry" || pkg == "codec/latency" {
 				t.Errorf("%s imports %s", pkg, dep)
 			}
 		}

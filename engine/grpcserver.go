@@ -25,7 +25,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"im-gateway/codec/gatewaypb"
-	"im-gateway/tracing"
+	"im-gateway/engine/tracing"
 )
 
 const (

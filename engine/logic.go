@@ -17,7 +17,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/resolver"
 
-	"im-gateway/tracing"
+	"im-gateway/engine/tracing"
 )
 
 // etcdScheme begins a logic.target that is found in etcd.

@@ -9,7 +9,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 
 	"im-gateway/codec"
-	"im-gateway/latency"
+	"im-gateway/codec/latency"
 )
 
 // metrics are shared by the shards of a Set; every counter may be raised from any goroutine.

@@ -9,7 +9,7 @@ import (
 	dto "github.com/prometheus/client_model/go"
 
 	"im-gateway/codec"
-	"im-gateway/latency"
+	"im-gateway/codec/latency"
 )
 
 // observed is how many durations a histogram holds, and their sum in seconds.

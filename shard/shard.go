@@ -9,7 +9,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"im-gateway/codec"
-	"im-gateway/latency"
+	"im-gateway/codec/latency"
 )
 
 // rounds bounds how often a shard looks for more work before it hands on what it has.
