@@ -323,9 +323,9 @@ func (s *sessions) Stats() Stats {
 }
 
 // authenticate says who sends a request of the HTTP API.
-func authenticate(v *transport.Verifier) func(*http.Request) (Caller, error) {
+func authenticate(verifier func() *transport.Verifier) func(*http.Request) (Caller, error) {
 	return func(r *http.Request) (Caller, error) {
-		who, err := v.FromRequest(r)
+		who, err := verifier().FromRequest(r)
 		if errors.Is(err, transport.ErrTokenExpired) {
 			return Caller{}, ErrTokenExpired
 		}

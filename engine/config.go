@@ -8,7 +8,8 @@ import "time"
 //
 // Tags: koanf names the key; range, oneof and check bound the value and are shown in the reference;
 // unit names the unit of a number; secret hides the value and adds the key NAME_file, which names a
-// file to read the value from; required refuses an empty value.
+// file to read the value from; required refuses an empty value; reload says that the running gateway
+// takes a new value (settings.go), the others need a restart.
 
 // Config is the whole configuration. It is a plain value: read-only once the engine has it.
 type Config struct {
@@ -45,13 +46,13 @@ type HTTP struct {
 	Loops int `koanf:"loops" range:"0..256"`
 	// The web origins that browsers may call the HTTP API from; * stands for every origin. Empty:
 	// no page of another origin.
-	CORSOrigins []string `koanf:"cors_origins" check:"origin"`
+	CORSOrigins []string `koanf:"cors_origins" check:"origin" reload:"true"`
 	// HTTP API requests served at once; beyond it the answer is 503 with Retry-After. Cost: a
 	// goroutine and up to http.max_body_bytes each.
-	MaxRequests int `koanf:"max_requests" range:"1..65536"`
+	MaxRequests int `koanf:"max_requests" range:"1..65536" reload:"true"`
 	// The largest body of a request to the HTTP API; a larger one is answered 413. A message is also
 	// bounded by websocket.max_message_bytes.
-	MaxBodyBytes int `koanf:"max_body_bytes" unit:"bytes" range:"1KiB..192KiB"`
+	MaxBodyBytes int `koanf:"max_body_bytes" unit:"bytes" range:"1KiB..192KiB" reload:"true"`
 	// How long an HTTP request may take to arrive, its body included; then its connection is closed. For
 	// its head websocket.handshake_timeout counts.
 	ReadTimeout time.Duration `koanf:"read_timeout" range:"100ms..5m"`
@@ -61,13 +62,13 @@ type HTTP struct {
 	// How long an HTTP connection may wait for its next request; then it is closed.
 	IdleTimeout time.Duration `koanf:"idle_timeout" range:"100ms..1h"`
 	// Connections in HTTP use at once; a further one is answered 503. Cost: about 20 KiB each.
-	MaxConnections int `koanf:"max_connections" range:"1..1000000"`
+	MaxConnections int `koanf:"max_connections" range:"1..1000000" reload:"true"`
 	// Networks of the proxies and load balancers in front of the gateway, such as 10.0.0.0/8. Only they
 	// are believed when they name another address as the client's (PROXY protocol, X-Forwarded-For,
 	// Forwarded).
-	TrustedProxies []string `koanf:"trusted_proxies" check:"network"`
+	TrustedProxies []string `koanf:"trusted_proxies" check:"network" reload:"true"`
 	// The header by which they do so in HTTP. They must set it or add to it; the other one is not read.
-	ForwardedHeader string `koanf:"forwarded_header" oneof:"X-Forwarded-For|Forwarded"`
+	ForwardedHeader string `koanf:"forwarded_header" oneof:"X-Forwarded-For|Forwarded" reload:"true"`
 	// Connections from http.trusted_proxies begin with a PROXY protocol header, version 2; one without
 	// is refused.
 	ProxyProtocol bool      `koanf:"proxy_protocol"`
@@ -83,16 +84,16 @@ type ServerTLS struct {
 	KeyFile string `koanf:"key_file" check:"file"`
 	// TLS handshakes under way at once; beyond it the oldest of them is closed. Cost: a goroutine and about
 	// 30 KiB each.
-	MaxHandshakes int `koanf:"max_handshakes" range:"1..65536"`
+	MaxHandshakes int `koanf:"max_handshakes" range:"1..65536" reload:"true"`
 }
 
 // WebSocket bounds what one client may send and what is held for it.
 type WebSocket struct {
 	// The largest client message, all fragments together; a larger one is refused. Cost: that much
 	// memory for each client in the middle of a message.
-	MaxMessageBytes int `koanf:"max_message_bytes" unit:"bytes" range:"1KiB..768KiB"`
+	MaxMessageBytes int `koanf:"max_message_bytes" unit:"bytes" range:"1KiB..768KiB" reload:"true"`
 	// Frames that one client message may come in; a message in more closes the connection with 1008.
-	MaxFragments int `koanf:"max_fragments" range:"1..16777216"`
+	MaxFragments int `koanf:"max_fragments" range:"1..16777216" reload:"true"`
 	// The largest head of a request, an upgrade or not; a larger one is answered 431. Cost: that much for
 	// each connection in its handshake.
 	HeadBytes int `koanf:"head_bytes" unit:"bytes" range:"1KiB..64KiB"`
@@ -103,14 +104,14 @@ type WebSocket struct {
 	// A client silent for so long is closed with 4001, and one that takes so long over one message with
 	// 1008. An event stream's connection ends when nothing was acknowledged for so long (TCP). Must be
 	// longer than websocket.heartbeat.
-	HeartbeatTimeout time.Duration `koanf:"heartbeat_timeout" range:"200ms..1h"`
+	HeartbeatTimeout time.Duration `koanf:"heartbeat_timeout" range:"200ms..1h" reload:"true"`
 	// Bytes that may wait to be written to one client; a client that reads too slowly to stay below is
 	// closed with 4000. Must hold the largest downstream record. Cost: up to that much for each slow
 	// client.
-	EgressBudgetBytes int `koanf:"egress_budget_bytes" unit:"bytes" range:"64KiB..64MiB"`
+	EgressBudgetBytes int `koanf:"egress_budget_bytes" unit:"bytes" range:"64KiB..64MiB" reload:"true"`
 	// Bytes that may wait to be written to all clients together. Beyond it the consumer waits, client
 	// messages are refused with OVERLOADED, and the slowest clients are closed with 4000.
-	NodeEgressBudgetBytes int `koanf:"node_egress_budget_bytes" unit:"bytes" range:"1MiB..64GiB"`
+	NodeEgressBudgetBytes int `koanf:"node_egress_budget_bytes" unit:"bytes" range:"1MiB..64GiB" reload:"true"`
 	// How long a record may wait for a client to read it, or to acknowledge it where the client does
 	// (ack=1). Then the record is undelivered, and a client that reads nothing is closed with 4000.
 	DeliveryTimeout time.Duration `koanf:"delivery_timeout" range:"1s..10m"`
@@ -119,10 +120,10 @@ type WebSocket struct {
 	RememberedMessages int `koanf:"remembered_messages" range:"0..10000000"`
 	// Connections held at once; further ones are refused. 0: what the limit on open files allows,
 	// with head-room for the gateway's own. Cost: about 5 KB of memory each, kernel included.
-	MaxConnections int `koanf:"max_connections" range:"0..16000000"`
+	MaxConnections int `koanf:"max_connections" range:"0..16000000" reload:"true"`
 	// The web origins that browsers may connect from; * stands for every origin. Empty: every origin,
 	// which is safe as sessions are opened by tokens, never by cookies.
-	AllowedOrigins []string `koanf:"allowed_origins" check:"origin"`
+	AllowedOrigins []string `koanf:"allowed_origins" check:"origin" reload:"true"`
 
 	Compression Compression `koanf:"compression"`
 }
@@ -141,39 +142,39 @@ type Compression struct {
 // Limits bounds what one address, one connection or one user may take. 0 switches a limit off.
 type Limits struct {
 	// Networks to which the limits by address do not apply.
-	ExemptNetworks []string `koanf:"exempt_networks" check:"network"`
+	ExemptNetworks []string `koanf:"exempt_networks" check:"network" reload:"true"`
 	// Connections held at once from one address (IPv6: from one /64); further ones are answered 429.
-	ConnectionsPerIP int `koanf:"connections_per_ip" range:"0..16000000"`
+	ConnectionsPerIP int `koanf:"connections_per_ip" range:"0..16000000" reload:"true"`
 	// Connections held at once from one subnet (IPv4: /24, IPv6: /48); further ones are answered 429.
-	ConnectionsPerSubnet int `koanf:"connections_per_subnet" range:"0..16000000"`
+	ConnectionsPerSubnet int `koanf:"connections_per_subnet" range:"0..16000000" reload:"true"`
 	// Connections that have not finished the head of their first request; beyond it the oldest of them
 	// is answered 408. Cost: up to websocket.head_bytes each.
-	HandshakesInFlight int `koanf:"handshakes_in_flight" range:"0..16000000"`
+	HandshakesInFlight int `koanf:"handshakes_in_flight" range:"0..16000000" reload:"true"`
 	// Upgrades per second on this node; further ones are answered 503 with Retry-After.
-	HandshakesPerSecond int `koanf:"handshakes_per_second" range:"0..10000000"`
+	HandshakesPerSecond int `koanf:"handshakes_per_second" range:"0..10000000" reload:"true"`
 	// Messages per second that one connection may send on average, two seconds' worth at once. Further
 	// ones are refused with RATE_LIMITED; a client that goes on regardless is closed with 1008. Pings
 	// count too.
-	MessagesPerSecond int `koanf:"messages_per_second" range:"0..10000000"`
+	MessagesPerSecond int `koanf:"messages_per_second" range:"0..10000000" reload:"true"`
 	// The same limit in bytes.
-	BytesPerSecond int `koanf:"bytes_per_second" unit:"bytes" range:"0..1GiB"`
+	BytesPerSecond int `koanf:"bytes_per_second" unit:"bytes" range:"0..1GiB" reload:"true"`
 	// Messages per second of all sessions of one user on this node, and over HTTP, two seconds' worth at
 	// once. Further ones are refused with RATE_LIMITED (HTTP: 429); a session that goes on regardless is
 	// closed with 1008.
-	UserMessagesPerSecond int `koanf:"user_messages_per_second" range:"0..10000000"`
+	UserMessagesPerSecond int `koanf:"user_messages_per_second" range:"0..10000000" reload:"true"`
 	// The same limit in bytes of the upstream records.
-	UserBytesPerSecond int `koanf:"user_bytes_per_second" unit:"bytes" range:"0..1GiB"`
+	UserBytesPerSecond int `koanf:"user_bytes_per_second" unit:"bytes" range:"0..1GiB" reload:"true"`
 	// Messages of one session that have no answer yet; further ones are refused with OVERLOADED.
-	UnackedMessages int `koanf:"unacked_messages" range:"0..65535"`
+	UnackedMessages int `koanf:"unacked_messages" range:"0..65535" reload:"true"`
 	// Attempts per minute to log in or register over HTTP from one address (IPv6: from one /64), a
 	// minute's worth at once; further ones are answered 429. Holds for limits.exempt_networks, too.
-	LoginsPerIP int `koanf:"logins_per_ip" range:"0..1000000"`
+	LoginsPerIP int `koanf:"logins_per_ip" range:"0..1000000" reload:"true"`
 	// The same limit for attempts under one name, from wherever they come.
-	LoginsPerName int `koanf:"logins_per_name" range:"0..1000000"`
+	LoginsPerName int `koanf:"logins_per_name" range:"0..1000000" reload:"true"`
 	// Percent of the memory limit, GOMEMLIMIT or else 90 % of the cgroup's, that may be held. Beyond it
 	// new connections and HTTP requests are answered 503 with Retry-After and client messages are refused
 	// with OVERLOADED, until a twentieth of it is free again. Without a memory limit there is no bound.
-	MemoryHighWaterPercent int `koanf:"memory_high_water_percent" range:"0..100"`
+	MemoryHighWaterPercent int `koanf:"memory_high_water_percent" range:"0..100" reload:"true"`
 }
 
 // SessionRules is how many sessions a user may have.
@@ -199,30 +200,30 @@ type TakeoverRules struct {
 // Auth says how access tokens (JWT) are checked.
 type Auth struct {
 	// The only signature algorithm that is accepted; the token's own claim about it is never believed.
-	Algorithm string `koanf:"algorithm" oneof:"HS256|HS384|HS512|RS256|ES256|EdDSA"`
+	Algorithm string `koanf:"algorithm" oneof:"HS256|HS384|HS512|RS256|ES256|EdDSA" reload:"true"`
 	// The secret shared with im-logic, for the HS algorithms; at least 32 random bytes are advised.
-	HS256Secret string `koanf:"hs256_secret" secret:"true"`
+	HS256Secret string `koanf:"hs256_secret" secret:"true" reload:"true"`
 	// The secret before the last change, still accepted; remove it once its tokens have expired.
-	PreviousSecret string `koanf:"previous_secret" secret:"true"`
+	PreviousSecret string `koanf:"previous_secret" secret:"true" reload:"true"`
 	// PEM file with the public key, for RS256, ES256 and EdDSA.
-	PublicKeyFile string `koanf:"public_key_file" check:"file"`
+	PublicKeyFile string `koanf:"public_key_file" check:"file" reload:"true"`
 	// Where the public keys are published as a JWK set, in place of public_key_file. It is read at the start,
 	// which waits up to 10 s for it, then in the background. Until it came once tokens are refused and the gateway
 	// is not ready; while it is away later the last good set stands. A token's kid chooses the key.
-	JWKSURL string `koanf:"jwks_url" check:"url" secret:"true"`
+	JWKSURL string `koanf:"jwks_url" check:"url" secret:"true" reload:"true"`
 	// How often the JWK sets are read again; sooner when a token names a key that is not there.
-	JWKSRefresh time.Duration `koanf:"jwks_refresh" range:"1s..24h"`
+	JWKSRefresh time.Duration `koanf:"jwks_refresh" range:"1s..24h" reload:"true"`
 	// Further issuers, each as words: issuer=NAME algorithms=RS256|ES256 jwks_url=URL (or public_key_file=FILE)
 	// and, optional, audience=NAME. A token's iss says whose keys are tried, so auth.issuer must be set too.
-	Issuers []string `koanf:"issuers" check:"issuer" secret:"true"`
+	Issuers []string `koanf:"issuers" check:"issuer" secret:"true" reload:"true"`
 	// Take a token from the query too (?token=), where proxies may log it.
-	QueryToken bool `koanf:"query_token"`
+	QueryToken bool `koanf:"query_token" reload:"true"`
 	// When set, a token's iss must be this.
-	Issuer string `koanf:"issuer"`
+	Issuer string `koanf:"issuer" reload:"true"`
 	// When set, a token's aud must contain this.
-	Audience string `koanf:"audience"`
+	Audience string `koanf:"audience" reload:"true"`
 	// The difference between the clocks that is tolerated in exp and nbf.
-	Leeway time.Duration `koanf:"leeway" range:"0s..10m"`
+	Leeway time.Duration `koanf:"leeway" range:"0s..10m" reload:"true"`
 	// Follow the deny list in Redis (im-deny): a token on it is refused, and its sessions are closed with
 	// 4501 within a second.
 	DenyList bool `koanf:"deny_list"`
@@ -343,7 +344,7 @@ type Logic struct {
 	// a fixed address.
 	Target string `koanf:"target" check:"target" required:"true"`
 	// How long im-logic may take for one call; beyond it the answer is 504.
-	Deadline time.Duration `koanf:"deadline" range:"50ms..1m"`
+	Deadline time.Duration `koanf:"deadline" range:"50ms..1m" reload:"true"`
 	TLS      TLS           `koanf:"tls"`
 }
 
@@ -406,18 +407,18 @@ type Shard struct {
 // Drain is the stop asked for by SIGTERM.
 type Drain struct {
 	// Clients are asked to reconnect at moments spread over this window.
-	Window time.Duration `koanf:"window" range:"0s..30m"`
+	Window time.Duration `koanf:"window" range:"0s..30m" reload:"true"`
 	// Connections closed per second after that, with 4002: so fast the other gateways must take them.
-	CloseRate int `koanf:"close_rate" range:"1..1000000"`
+	CloseRate int `koanf:"close_rate" range:"1..1000000" reload:"true"`
 	// The whole stop takes no longer; what is unsettled then is given up. Must be longer than
 	// drain.window; keep it below the time your supervisor waits before it kills.
-	Deadline time.Duration `koanf:"deadline" range:"1s..1h"`
+	Deadline time.Duration `koanf:"deadline" range:"1s..1h" reload:"true"`
 }
 
 // Log is the log on standard error.
 type Log struct {
 	// The least severe level written.
-	Level string `koanf:"level" oneof:"trace|debug|info|warn|error"`
+	Level string `koanf:"level" oneof:"trace|debug|info|warn|error" reload:"true"`
 	// json: one object per line; console: for people; auto: console on a terminal, json elsewhere.
 	Format string `koanf:"format" oneof:"auto|json|console"`
 }

@@ -1,9 +1,11 @@
 package engine
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"regexp"
 	"slices"
@@ -12,7 +14,6 @@ import (
 
 	"github.com/knadh/koanf/parsers/yaml"
 	"github.com/knadh/koanf/providers/confmap"
-	"github.com/knadh/koanf/providers/file"
 	"github.com/knadh/koanf/providers/structs"
 	"github.com/knadh/koanf/v2"
 )
@@ -21,7 +22,9 @@ const (
 	redacted      = "(redacted)"
 	sourceDefault = "default"
 
-	// maxSecretFile is the largest file, in bytes, that a secret is read from.
+	// maxConfigFile is the largest configuration file, in bytes, and maxSecretFile the largest file that
+	// a secret or a public key is read from.
+	maxConfigFile = 1 << 20
 	maxSecretFile = 64 << 10
 )
 
@@ -35,27 +38,20 @@ type Sources struct {
 // Loaded is a configuration and where each of its values comes from.
 type Loaded struct {
 	Config Config
+	from   *Sources          // nil: it cannot be loaded again
 	source map[string]string // by key
+	files  files
 }
 
-// Load reads, merges and validates a configuration. On a *ConfigError, which lists every problem
-// at once, the rest of the result must not be used.
-func Load(from Sources) (*Loaded, error) {
-	l := &loader{options: options(), source: map[string]string{}, secrets: map[string]secretFile{}}
-	if err := l.load(from.File, from.Environ, from.Flags); err != nil {
-		return nil, err
-	}
-	if l.unread { // what it says is missing from everything below
-		return nil, &ConfigError{Problems: l.problems}
-	}
+// Fixed is a configuration that comes from nowhere, and so cannot be loaded again.
+func Fixed(c Config) *Loaded { return &Loaded{Config: c, files: files{}} }
 
-	loaded := &Loaded{source: l.source}
-	if err := l.k.Unmarshal("", &loaded.Config); err != nil {
-		return nil, fmt.Errorf("decode the merged configuration: %w", err)
-	}
-	l.validate(&loaded.Config)
-	if len(l.problems) > 0 {
-		return nil, &ConfigError{Problems: l.problems}
+// Load reads, merges and validates a configuration. The error may be a *ConfigError, which lists every
+// problem at once.
+func Load(from Sources) (*Loaded, error) {
+	loaded := &Loaded{from: &from, files: files{}}
+	if err := loaded.load(); err != nil {
+		return nil, err
 	}
 	return loaded, nil
 }
@@ -83,12 +79,107 @@ func LoadPart(from Sources, keys ...string) (*Config, error) {
 	return c, nil
 }
 
+// again loads from where l came. The result holds at least the files that were read, also when there is
+// an error.
+func (l *Loaded) again() (*Loaded, error) {
+	next := &Loaded{from: l.from, files: files{}}
+	for path, f := range l.files {
+		if f.once { // a pipe has nothing more to give, or never
+			return next, &ConfigError{Problems: []Problem{{
+				Key: strconv.Quote(path), Message: "cannot be read again: it is no regular file",
+			}}}
+		}
+	}
+	return next, next.load()
+}
+
+func (l *Loaded) load() error {
+	ld := &loader{options: options(), source: map[string]string{}, secrets: map[string]secretFile{}, files: l.files}
+	if err := ld.load(l.from.File, l.from.Environ, l.from.Flags); err != nil {
+		return err
+	}
+	if ld.unread { // what it says is missing from everything below
+		return &ConfigError{Problems: ld.problems}
+	}
+	l.source = ld.source
+	if err := ld.k.Unmarshal("", &l.Config); err != nil {
+		return fmt.Errorf("decode the merged configuration: %w", err)
+	}
+	for _, path := range l.Config.Auth.keyFiles() {
+		_, _ = l.files.read(path, maxSecretFile) // whether it can be read, validate finds out
+	}
+	ld.validate(&l.Config)
+	if len(ld.problems) > 0 {
+		return &ConfigError{Problems: ld.problems}
+	}
+	return nil
+}
+
+// files are those that a configuration was read from, by path: itself, secrets, public keys.
+type files map[string]fileRead
+
+// fileRead is what a file held, or why it could not be read.
+type fileRead struct {
+	text []byte
+	err  error
+	most int64
+	once bool // it is no regular file
+}
+
+// read reads a file of so many bytes at most, and remembers what it held.
+func (f files) read(path string, most int64) ([]byte, error) {
+	r := readFile(path, most)
+	if f != nil {
+		f[path] = r
+	}
+	return r.text, r.err
+}
+
+// text is what a file holds: as it was read before, if it was.
+func (f files) text(path string) ([]byte, error) {
+	if r, ok := f[path]; ok {
+		return r.text, r.err
+	}
+	return f.read(path, maxSecretFile)
+}
+
+func readFile(path string, most int64) (r fileRead) {
+	r.most = most
+	file, err := os.Open(path) // #nosec G304 -- named by the operator
+	if err != nil {
+		r.err = err
+		return r
+	}
+	defer func() { _ = file.Close() }() // it was only read
+	info, err := file.Stat()
+	if err != nil {
+		r.err = err
+		return r
+	}
+	r.once = !info.Mode().IsRegular() && !info.IsDir()
+	if r.text, r.err = io.ReadAll(io.LimitReader(file, most+1)); int64(len(r.text)) > most {
+		r.text, r.err = nil, errTooLarge
+	}
+	return r
+}
+
+var errTooLarge = errors.New("the file is too large")
+
+// same tells whether both held the same, or could not be read for the same reason.
+func (f fileRead) same(g fileRead) bool {
+	if f.err != nil || g.err != nil {
+		return f.err != nil && g.err != nil && f.err.Error() == g.err.Error()
+	}
+	return bytes.Equal(f.text, g.text)
+}
+
 // loader gathers the layers of one Load.
 type loader struct {
 	options  []option
 	k        *koanf.Koanf
 	source   map[string]string // by key: where the value in k comes from
 	secrets  map[string]secretFile
+	files    files
 	problems []Problem
 	unread   bool // the file could not be read
 }
@@ -170,7 +261,11 @@ func (l *loader) file(path string) {
 	}
 	source := "file " + path
 	k := koanf.New(".")
-	if err := k.Load(file.Provider(path), yaml.Parser()); err != nil {
+	text, err := l.files.read(path, maxConfigFile)
+	if err == nil {
+		err = k.Load(given(text), yaml.Parser())
+	}
+	if err != nil {
 		l.problem("-config", strconv.Quote(path), "", fileProblem(err))
 		l.unread = true
 		return
@@ -194,6 +289,15 @@ func (l *loader) file(path string) {
 	}
 }
 
+// given is a koanf.Provider of a file's text.
+type given []byte
+
+// ReadBytes implements koanf.Provider.
+func (g given) ReadBytes() ([]byte, error) { return g, nil }
+
+// Read implements koanf.Provider.
+func (given) Read() (map[string]any, error) { return nil, errors.New("it is text, to be parsed") }
+
 // rank orders keys as the struct does, unknown ones last.
 func (l *loader) rank(key string) int {
 	for i := range l.options {
@@ -206,8 +310,11 @@ func (l *loader) rank(key string) int {
 
 func fileProblem(err error) string {
 	var path *os.PathError
-	if errors.As(err, &path) {
+	switch {
+	case errors.As(err, &path):
 		return "cannot be read: " + path.Err.Error()
+	case errors.Is(err, errTooLarge):
+		return fmt.Sprintf("must be a file of at most %d bytes", maxConfigFile)
 	}
 	return "is not valid YAML: " + quotedValue.ReplaceAllString(strings.TrimPrefix(err.Error(), "yaml: "), "${1}"+redacted)
 }
@@ -287,7 +394,7 @@ func (l *loader) readSecrets() {
 				"must not be given together with "+o.key+" ("+l.source[o.key]+")")
 			continue
 		}
-		secret, err := readSecret(from.path)
+		secret, err := l.readSecret(from.path)
 		if err != nil {
 			l.problem(o.fileKey(), strconv.Quote(from.path), from.source, err.Error())
 			continue
@@ -296,14 +403,16 @@ func (l *loader) readSecrets() {
 	}
 }
 
-func readSecret(path string) (string, error) {
-	info, err := os.Stat(path)
-	if err == nil && info.Size() > maxSecretFile {
+func (l *loader) readSecret(path string) (string, error) {
+	b, err := l.files.read(path, maxSecretFile)
+	var unread *os.PathError
+	switch {
+	case errors.Is(err, errTooLarge):
 		return "", fmt.Errorf("must be a file of at most %d bytes", maxSecretFile)
-	}
-	b, err := os.ReadFile(path) // #nosec G304 -- named by the operator
-	if err != nil {
-		return "", errors.New("must be a file that can be read: " + errors.Unwrap(err).Error())
+	case errors.As(err, &unread):
+		return "", errors.New("must be a file that can be read: " + unread.Err.Error())
+	case err != nil:
+		return "", errors.New("must be a file that can be read: " + err.Error())
 	}
 	secret := strings.TrimRight(string(b), "\r\n")
 	if secret == "" {

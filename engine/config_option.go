@@ -28,6 +28,7 @@ type option struct {
 	check    string // a key of checks
 	secret   bool
 	required bool
+	reload   bool // the running gateway takes a new value
 }
 
 var (
@@ -61,6 +62,7 @@ func appendOptions(list []option, t reflect.Type, outer option) []option {
 			check:    f.Tag.Get("check"),
 			secret:   f.Tag.Get("secret") == "true",
 			required: f.Tag.Get("required") == "true",
+			reload:   f.Tag.Get("reload") == "true",
 		}
 		if v := f.Tag.Get("oneof"); v != "" {
 			o.oneOf = strings.Split(v, "|")

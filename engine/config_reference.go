@@ -68,16 +68,20 @@ func WriteReference(w io.Writer) error {
 				name, _, _ := strings.Cut(o.key, ".")
 				fmt.Fprintf(b, "\n## %s\n\n%s\n\n", name, o.sectionText(all))
 			}
-			b.WriteString("| key | default | takes | meaning |\n|---|---|---|---|\n")
+			b.WriteString("| key | default | takes | changes by | meaning |\n|---|---|---|---|---|\n")
 		}
 		text := all[o.typeName+"."+o.field]
 		if o.required {
 			text += " Must not be empty."
 		}
-		fmt.Fprintf(b, "| `%s` | %s | %s | %s |\n", o.key, o.defaultMarkdown(&defaults), cell(o.wants()), cell(text))
+		by := "restart"
+		if o.reload {
+			by = "reload"
+		}
+		fmt.Fprintf(b, "| `%s` | %s | %s | %s | %s |\n", o.key, o.defaultMarkdown(&defaults), cell(o.wants()), by, cell(text))
 		if o.secret {
-			fmt.Fprintf(b, "| `%s` | | the path of a file | A file to read `%s` from instead; the line "+
-				"break at its end is dropped. |\n", o.fileKey(), o.key)
+			fmt.Fprintf(b, "| `%s` | | the path of a file | %s | A file to read `%s` from instead; the line "+
+				"break at its end is dropped. |\n", o.fileKey(), by, o.key)
 		}
 	}
 	_, err = io.WriteString(w, b.String())
@@ -98,7 +102,26 @@ const referenceHead = "# Configuration\n\n" +
 	"An unknown key, an unknown `IM_` variable, a wrong type or a value out of range stops the start (exit\n" +
 	"code 2), with every problem listed at once. Variables that Kubernetes sets for services named `im-...`\n" +
 	"(`IM_LOGIC_SERVICE_HOST` and the like) are ignored. `im-gateway config check` checks a configuration,\n" +
-	"`im-gateway config print` shows the effective one and where each value comes from.\n"
+	"`im-gateway config print` shows the effective one and where each value comes from.\n\n" +
+	"## Changing it while the gateway runs\n\n" +
+	"The configuration is loaded again, from the same file, environment and flags, on SIGHUP and when its\n" +
+	"file, or a file with a secret or a public key that it names, has changed: within some seconds, whether\n" +
+	"the file was written to, replaced, or is behind a link that was swapped, as Kubernetes does. It is taken\n" +
+	"over as a whole, or refused as a whole: when anything in it is not valid, when the keys of a new\n" +
+	"`jwks_url` cannot be had, or when a key has changed that needs a restart. The log names each key, its old\n" +
+	"and its new value (not those of secrets), or what is wrong:\n\n" +
+	"```\n" +
+	"INF configuration reloaded changes=[\"limits.messages_per_second: 1000 -> 200\",\"auth.hs256_secret: changed\"]\n" +
+	"ERR configuration not reloaded: what was in force stays, as a whole error=\"a restart is needed to change shard.count\"\n" +
+	"```\n\n" +
+	"`im_gateway_config_last_reload_successful` is 0 after a refusal; alert on it.\n\n" +
+	"Limits hold for what comes next, on open connections too. What a connection was admitted by, its token,\n" +
+	"its origin, its address, is not looked at again: a session that an old key opened stays until its token\n" +
+	"expires, so a rotation disconnects nobody, and a `refresh-token` must be signed by a key in force. To end\n" +
+	"sessions at once deny their tokens (docs/protocol.md), or kick their users. To rotate a secret write the new\n" +
+	"one to `auth.hs256_secret_file` and the old one to `auth.previous_secret_file` on every gateway, let im-logic\n" +
+	"sign with the new one, and once the old tokens have expired let both files hold the new one.\n\n" +
+	"Certificates of the gateway's own ports are read again by themselves, at the next handshake after a change.\n"
 
 func cell(s string) string { return strings.ReplaceAll(s, "|", "\\|") }
 
@@ -154,6 +177,7 @@ type Key struct {
 	Summary string // the first sentence of its description
 	Bool    bool
 	Secret  bool // not to be given on a command line
+	Reload  bool // changes without a restart
 }
 
 // Keys lists every key in the order of the reference, the `..._file` keys of secrets among them.
@@ -172,9 +196,10 @@ func Keys() ([]Key, error) {
 			Summary: firstSentence(comment),
 			Bool:    o.kind.Kind() == reflect.Bool,
 			Secret:  o.secret,
+			Reload:  o.reload,
 		})
 		if o.secret {
-			list = append(list, Key{Name: o.fileKey(), Summary: "A file to read " + o.key + " from"})
+			list = append(list, Key{Name: o.fileKey(), Summary: "A file to read " + o.key + " from", Reload: o.reload})
 		}
 	}
 	return list, nil

@@ -30,12 +30,11 @@ import (
 
 // Engine is one gateway. New, then Run, once.
 type Engine struct {
-	cfg      Config
 	log      zerolog.Logger
 	nonce    uint64
 	random   bool // the gateway_id was made up at this start
-	verifier *transport.Verifier
-	keySets  []*transport.KeySet // that the verifier uses
+	denials  *transport.Denials
+	verifier atomic.Pointer[transport.Verifier] // keys', for requests of the HTTP API
 	metrics  *prometheus.Registry
 	ready    *Readiness
 	started  time.Time
@@ -54,6 +53,20 @@ type Engine struct {
 	httpAddr  net.Addr
 	adminAddr net.Addr
 
+	// What a reload changes. Once the gateway has started only reloads read it, and change it, and whoever
+	// else holds mu.
+	mu       sync.Mutex
+	cfg      Config // with what the start fills in
+	keys     *tokenKeys
+	keyTasks map[keySetID]*task
+	stopping bool // nothing is changed any more
+
+	loaded      *Loaded       // what cfg was made of
+	reloadAsked chan struct{} // capacity 1
+	reloads     *reloads
+	keysOnce    sync.Once
+	keysKnown   chan struct{} // closed when every key set had come
+
 	// The parts, in the order of their start.
 	etcd         *clientv3.Client
 	owner        *registry.Owner
@@ -68,7 +81,9 @@ type Engine struct {
 	begin        chan struct{} // closed when the consumer may dispatch
 	consumer     *broker.Consumer
 	logic        *grpc.ClientConn
+	api          *API
 	server       *transport.Server
+	memory       *pressure // nil: without a memory limit
 	grpc         *GRPCServer
 	registration *registry.Registration
 
@@ -99,17 +114,20 @@ const (
 var ErrFenced = errors.New("this gateway's downstream topic belongs to another process now")
 
 // New checks what can be checked without the network.
-func New(cfg Config, logger zerolog.Logger) (*Engine, error) {
+func New(loaded *Loaded, logger zerolog.Logger) (*Engine, error) {
+	cfg := loaded.Config
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
 	e := &Engine{
-		cfg: cfg, metrics: newRegistry(), started: time.Now(),
+		cfg: cfg, loaded: loaded, metrics: newRegistry(), started: time.Now(),
 		ready:    NewReadiness(needEtcd, needKafka, needRedis, needKeys, needClients, needListener, needRegistry),
 		begin:    make(chan struct{}),
 		publicUp: make(chan struct{}),
 		asked:    make(chan struct{}),
 		failed:   make(chan error, 1),
+
+		keyTasks: map[keySetID]*task{}, keysKnown: make(chan struct{}), reloadAsked: make(chan struct{}, 1),
 	}
 	if e.cfg.GatewayID == "" {
 		host, err := os.Hostname()
@@ -129,7 +147,14 @@ func New(cfg Config, logger zerolog.Logger) (*Engine, error) {
 	_, _ = rand.Read(seed[:]) // never fails, says crypto/rand
 	e.nonce = binary.BigEndian.Uint64(seed[:])
 	var err error
-	if e.verifier, e.keySets, err = newVerifier(cfg.Auth, e.log); err != nil {
+	if cfg.Auth.DenyList {
+		e.denials = transport.NewDenials()
+	}
+	if e.keys, err = newTokenKeys(cfg.Auth, loaded.files, e.denials, nil, e.log); err != nil {
+		return nil, err
+	}
+	e.verifier.Store(e.keys.verifier)
+	if e.reloads, err = newReloads(e.metrics, e.started); err != nil {
 		return nil, err
 	}
 	if e.dependencies, err = newDependencies([]string{needEtcd, needKafka, needRedis, dependencyLogic}, e.log, e.metrics); err != nil {
@@ -139,53 +164,16 @@ func New(cfg Config, logger zerolog.Logger) (*Engine, error) {
 	return e, nil
 }
 
-// newVerifier makes the check of tokens and the key sets that it uses, which are empty yet.
-func newVerifier(a Auth, log zerolog.Logger) (*transport.Verifier, []*transport.KeySet, error) {
-	var sets []*transport.KeySet
-	keys := func(issuer, file, url string) (pem []byte, set *transport.KeySet, err error) {
-		switch {
-		case url != "":
-			if set, err = transport.NewKeySet(transport.KeySetOptions{
-				URL: url, Issuer: issuer, Refresh: a.JWKSRefresh, Logger: log,
-			}); err == nil {
-				sets = append(sets, set)
-			}
-		case file != "":
-			pem, err = os.ReadFile(file)
-		}
-		return pem, set, err
-	}
-	o := transport.VerifierOptions{
-		Algorithm: a.Algorithm, Secret: []byte(a.HS256Secret), PreviousSecret: []byte(a.PreviousSecret),
-		Issuer: a.Issuer, Audience: a.Audience, Leeway: a.Leeway,
-	}
-	if a.DenyList {
-		o.Denials = transport.NewDenials()
-	}
-	var err error
-	if o.PublicKeyPEM, o.KeySet, err = keys(a.Issuer, a.PublicKeyFile, a.JWKSURL); err != nil {
-		return nil, nil, fmt.Errorf("auth.public_key_file: %w", err)
-	}
-	for _, s := range a.Issuers {
-		i, err := parseIssuer(s)
-		if err != nil {
-			return nil, nil, fmt.Errorf("auth.issuers: %w", err)
-		}
-		next := transport.Issuer{Name: i.name, Audience: i.audience, Algorithms: i.algorithms}
-		if next.PublicKeyPEM, next.KeySet, err = keys(i.name, i.keyFile, i.jwksURL); err != nil {
-			return nil, nil, fmt.Errorf("auth.issuers: %w", err)
-		}
-		o.Issuers = append(o.Issuers, next)
-	}
-	v, err := transport.NewVerifier(o)
-	if err != nil {
-		return nil, nil, fmt.Errorf("auth: %w", err)
-	}
-	return v, sets, nil
-}
-
 // GatewayID is the id in use.
-func (e *Engine) GatewayID() string { return e.cfg.GatewayID }
+func (e *Engine) GatewayID() string { return e.config().GatewayID }
+
+// config is the configuration in force.
+func (e *Engine) config() *Config {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	c := e.cfg
+	return &c
+}
 
 // Ready is closed when the gateway is ready for clients.
 func (e *Engine) Ready() <-chan struct{} { return e.ready.Done() }

@@ -10,6 +10,12 @@ import (
 	"github.com/rs/zerolog"
 )
 
+// always begins a line of what somebody has done to the gateway. It is written whatever the level: who
+// looks for the cause later must find it.
+func always(l zerolog.Logger) *zerolog.Event {
+	return l.Log().Str(zerolog.LevelFieldName, zerolog.LevelInfoValue)
+}
+
 // NewLogger returns the logger that cfg asks for, and sets the LogLevel. Times are UTC with milliseconds.
 func NewLogger(w io.Writer, cfg Log) (zerolog.Logger, error) {
 	if err := (LogLevel{}).Set(cfg.Level); err != nil {

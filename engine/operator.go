@@ -34,7 +34,7 @@ const (
 
 // OperatorOptions configure an Operator.
 type OperatorOptions struct {
-	Config       Config // the one in use
+	Config       func() *Config // the one in force
 	Version      string
 	Started      time.Time
 	Readiness    *Readiness
@@ -82,10 +82,11 @@ func (p *Operator) Status(context.Context, *gatewaypb.StatusRequest) (*gatewaypb
 	if err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}
+	c := p.o.Config()
 	s := &gatewaypb.StatusResponse{
-		GatewayId: p.o.Config.GatewayID, Version: p.o.Version,
+		GatewayId: c.GatewayID, Version: p.o.Version,
 		StartedAt: p.o.Started.UnixMilli(), Now: time.Now().UnixMilli(),
-		State: "ready", LogLevel: LogLevel{}.String(), Acting: p.o.Config.Admin.Token != "",
+		State: "ready", LogLevel: LogLevel{}.String(), Acting: c.Admin.Token != "",
 		MemoryBytes: memoryHeld(),
 	}
 	if limit := memoryLimit(); limit != math.MaxInt64 {
@@ -191,7 +192,8 @@ func (p *Operator) FindUser(ctx context.Context, r *gatewaypb.FindUserRequest) (
 	if err != nil {
 		return nil, err
 	}
-	answer := &gatewaypb.FindUserResponse{GatewayId: p.o.Config.GatewayID, UserId: user}
+	here := p.o.Config().GatewayID
+	answer := &gatewaypb.FindUserResponse{GatewayId: here, UserId: user}
 	if answer.Sessions, err = sessionsOf(ctx, parts.sessions, user); err != nil {
 		return nil, err
 	}
@@ -202,7 +204,7 @@ func (p *Operator) FindUser(ctx context.Context, r *gatewaypb.FindUserRequest) (
 		answer.ElsewhereError = found.Err.Error()
 	}
 	for _, at := range found.Sessions {
-		if at.GatewayID != p.o.Config.GatewayID {
+		if at.GatewayID != here {
 			answer.Elsewhere = append(answer.Elsewhere, &gatewaypb.Place{
 				GatewayId: at.GatewayID, SessionId: at.Session, ConnectedAt: at.ConnectedAt,
 				DeviceId: at.DeviceID, Device: at.DeviceKind,
@@ -212,11 +214,8 @@ func (p *Operator) FindUser(ctx context.Context, r *gatewaypb.FindUserRequest) (
 	return answer, nil
 }
 
-// acted begins the log line of an act. It is written whatever the level: who looks for the cause later must
-// find it.
-func (p *Operator) acted() *zerolog.Event {
-	return p.o.Logger.Log().Str(zerolog.LevelFieldName, zerolog.LevelInfoValue)
-}
+// acted begins the log line of an act.
+func (p *Operator) acted() *zerolog.Event { return always(p.o.Logger) }
 
 // KickUser implements AdminService.
 func (p *Operator) KickUser(ctx context.Context, r *gatewaypb.KickUserRequest) (*gatewaypb.KickUserResponse, error) {

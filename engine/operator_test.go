@@ -46,7 +46,7 @@ func newOperated(t *testing.T) *operated {
 	cfg := Default()
 	cfg.GatewayID, cfg.Admin.Token = "g-1", "s3cret"
 	o.Operator = NewOperator(OperatorOptions{
-		Config: cfg, Version: "v9", Started: time.UnixMilli(1000), Readiness: o.ready, Dependencies: o.deps,
+		Config: func() *Config { return &cfg }, Version: "v9", Started: time.UnixMilli(1000), Readiness: o.ready, Dependencies: o.deps,
 		Metrics: reg, Drain: func() { o.drained++ }, Logger: log,
 	})
 	return o
@@ -440,7 +440,7 @@ func TestQueuesStandAmongTheMetrics(t *testing.T) {
 	cfg := Default()
 	cfg.GatewayID, cfg.Auth.HS256Secret = "g-1", "0123456789abcdef0123456789abcdef"
 	cfg.HTTP.Addr, cfg.Shard.Count, cfg.Logic.Target = "127.0.0.1:0", 3, "127.0.0.1:1"
-	e, err := New(cfg, zerolog.New(io.Discard))
+	e, err := New(Fixed(cfg), zerolog.New(io.Discard))
 	if err != nil {
 		t.Fatal(err)
 	}

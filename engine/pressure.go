@@ -51,7 +51,8 @@ type memoryUse struct {
 // pressure tells when the memory in use comes near the runtime's limit. It asks for what a collection
 // would leave: the runtime itself collects in time to keep garbage below the limit.
 type pressure struct {
-	mark    uint64 // bytes
+	limit   int64         // bytes
+	mark    atomic.Uint64 // bytes; 0: none
 	look    func() memoryUse
 	collect func()
 	set     func(on bool)
@@ -64,14 +65,13 @@ type pressure struct {
 	now     atomic.Bool
 }
 
-// newPressure returns nil when percent or the limit is none.
+// newPressure returns nil when there is no limit. percent 0: no pressure.
 func newPressure(percent int, limit int64, set func(bool), log zerolog.Logger, reg prometheus.Registerer) (*pressure, error) {
-	if percent == 0 || limit == math.MaxInt64 {
+	if limit == math.MaxInt64 {
 		return nil, nil
 	}
-	p := &pressure{
-		mark: uint64(limit) / 100 * uint64(percent), look: memoryLook(), collect: runtime.GC, set: set, log: log,
-	}
+	p := &pressure{limit: limit, look: memoryLook(), collect: runtime.GC, set: set, log: log}
+	p.use(percent)
 	for _, c := range []prometheus.Collector{
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "im_gateway_memory_held_bytes",
@@ -79,8 +79,8 @@ func newPressure(percent int, limit int64, set func(bool), log zerolog.Logger, r
 		}, func() float64 { return float64(p.held.Load()) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "im_gateway_memory_high_water_bytes",
-			Help: "limits.memory_high_water_percent of the memory limit.",
-		}, func() float64 { return float64(p.mark) }),
+			Help: "limits.memory_high_water_percent of the memory limit; 0: no bound.",
+		}, func() float64 { return float64(p.mark.Load()) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "im_gateway_memory_pressure",
 			Help: "Whether new work is refused for want of memory: 1 or 0.",
@@ -96,6 +96,13 @@ func newPressure(percent int, limit int64, set func(bool), log zerolog.Logger, r
 		}
 	}
 	return p, nil
+}
+
+// use sets the percentage; 0: no pressure. Any goroutine may call it.
+func (p *pressure) use(percent int) {
+	if p != nil {
+		p.mark.Store(uint64(p.limit) / 100 * uint64(percent))
+	}
 }
 
 // run watches until ctx ends.
@@ -118,14 +125,15 @@ func (p *pressure) sample(now time.Time) {
 	if use.cycles != p.cycles {
 		p.cycles, p.checked = use.cycles, now
 	}
+	mark := p.mark.Load()
 	switch {
-	case !p.on && use.held > p.mark:
+	case !p.on && mark > 0 && use.held > mark:
 		p.change(true)
-		p.log.Warn().Uint64("held_bytes", use.held).Uint64("high_water_bytes", p.mark).
+		p.log.Warn().Uint64("held_bytes", use.held).Uint64("high_water_bytes", mark).
 			Msg("memory is short: new connections, requests and messages are refused")
-	case p.on && use.held < p.mark/100*pressureOver:
+	case p.on && (mark == 0 || use.held < mark/100*pressureOver):
 		p.change(false)
-		p.log.Info().Uint64("held_bytes", use.held).Uint64("high_water_bytes", p.mark).
+		p.log.Info().Uint64("held_bytes", use.held).Uint64("high_water_bytes", mark).
 			Msg("memory is no longer short")
 	case p.on && now.Sub(p.checked) > pressureGC:
 		p.collect()

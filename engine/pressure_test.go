@@ -63,13 +63,24 @@ func TestPressure(t *testing.T) {
 }
 
 func TestPressureOff(t *testing.T) {
-	for _, c := range []struct {
+	p, err := newPressure(90, math.MaxInt64, nil, zerolog.Nop(), prometheus.NewRegistry())
+	if p != nil || err != nil {
+		t.Errorf("without a limit: %v, %v", p, err)
+	}
+	p.use(50)
+
+	on := false
+	if p, err = newPressure(0, 1000, func(is bool) { on = is }, zerolog.Nop(), prometheus.NewRegistry()); err != nil {
+		t.Fatal(err)
+	}
+	p.look = func() memoryUse { return memoryUse{held: 999} }
+	for _, step := range []struct {
 		percent int
-		limit   int64
-	}{{0, 1000}, {90, math.MaxInt64}} {
-		p, err := newPressure(c.percent, c.limit, nil, zerolog.Nop(), prometheus.NewRegistry())
-		if p != nil || err != nil {
-			t.Errorf("%+v: %v, %v", c, p, err)
+		want    bool
+	}{{0, false}, {100, false}, {90, true}, {0, false}, {50, true}, {100, true}} { // 100: not below 95 % of it
+		p.use(step.percent)
+		if p.sample(time.Now()); on != step.want {
+			t.Errorf("at %d percent: %t", step.percent, on)
 		}
 	}
 }

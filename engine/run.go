@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"sync/atomic"
 	"time"
 
 	"im-gateway/broker"
@@ -22,7 +21,7 @@ import (
 func (e *Engine) start(ctx context.Context) error {
 	for _, step := range []func(context.Context) error{
 		e.startAdmin, e.startEtcd, e.startTopics, e.startRedis, e.startKeys, e.startDenyList, e.startTracing, e.startShards, e.startKafka,
-		e.startListener, e.startRegistration,
+		e.startListener, e.startRegistration, e.startReloads,
 	} {
 		if err := step(ctx); err != nil {
 			return err
@@ -39,7 +38,7 @@ func (e *Engine) start(ctx context.Context) error {
 // startAdmin comes first: /readyz says what the rest waits for.
 func (e *Engine) startAdmin(context.Context) error {
 	e.operator = NewOperator(OperatorOptions{
-		Config: e.cfg, Version: Version(), Started: e.started, Readiness: e.ready, Dependencies: e.dependencies,
+		Config: e.config, Version: Version(), Started: e.started, Readiness: e.ready, Dependencies: e.dependencies,
 		Metrics: e.metrics, Logger: e.log, Drain: func() { e.askOnce.Do(func() { close(e.asked) }) },
 	})
 	var err error
@@ -240,50 +239,12 @@ func (e *Engine) startRedis(ctx context.Context) error {
 	return nil
 }
 
-// keysPatience is how long the start waits for the issuers' keys before it goes on without.
-const keysPatience = 10 * time.Second
-
-// startKeys reads the issuers' keys and follows them. An issuer that is away for long does not hold up the
-// start: its tokens are refused until its keys have come, and so long the gateway is not ready.
-func (e *Engine) startKeys(ctx context.Context) error {
-	var left atomic.Int64
-	left.Store(int64(len(e.keySets)))
-	all := make(chan struct{})
-	if len(e.keySets) == 0 {
-		e.ready.Met(needKeys)
-		return nil
-	}
-	for _, set := range e.keySets {
-		if err := e.metrics.Register(set); err != nil {
-			return fmt.Errorf("register the metrics of a JWK set: %w", err)
-		}
-		e.goTask("jwks", func(ctx context.Context) error {
-			if err := e.await(ctx, needKeys, set.Read); err != nil {
-				return err
-			}
-			if left.Add(-1) == 0 {
-				e.ready.Met(needKeys)
-				close(all)
-			}
-			return set.Run(ctx)
-		})
-	}
-	select {
-	case <-all:
-	case <-time.After(keysPatience):
-		e.log.Warn().Msg("not every JWK set has come, going on without")
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	return nil
-}
-
 // startDenyList reads the deny list before the first token is checked, and follows it.
 func (e *Engine) startDenyList(ctx context.Context) error {
 	if !e.cfg.Auth.DenyList {
 		return nil
 	}
-	denials := e.verifier.Denials()
+	denials := e.denials
 	list, err := registry.NewDenyList(registry.DenyListOptions{
 		Redis: e.redis, Logger: e.log, Registerer: e.metrics,
 		Add: func(d registry.Denial) { denials.Add(transport.Denial(d)) },
@@ -388,12 +349,12 @@ func (e *Engine) startShards(context.Context) error {
 		return err
 	}
 	egress.server = e.server
-	memory, err := newPressure(e.cfg.Limits.MemoryHighWaterPercent, memoryLimit(), e.server.SetPressure, e.log, e.metrics)
+	e.memory, err = newPressure(e.cfg.Limits.MemoryHighWaterPercent, memoryLimit(), e.server.SetPressure, e.log, e.metrics)
 	if err != nil {
 		return err
 	}
-	if memory != nil {
-		e.goTask("memory", memory.run)
+	if e.memory != nil {
+		e.goTask("memory", e.memory.run)
 	}
 	e.goTask("shards", e.shards.Run)
 	e.goTask("presence", e.presence.run)
@@ -416,10 +377,10 @@ func (e *Engine) newServer() (*transport.Server, error) {
 	}
 	messages := &publisher{shards: e.shards, builder: codec.NewBuilder(e.cfg.GatewayID, e.nonce, e.sampler)}
 	e.watch(dependencyLogic, func(ctx context.Context) error { return WaitLogic(ctx, e.logic) })
-	api, err := NewAPI(APIOptions{
+	e.api, err = NewAPI(APIOptions{
 		Settings:        apiSettings(&e.cfg),
 		Auth:            logicpb.NewAuthServiceClient(e.logic),
-		Authenticate:    authenticate(e.verifier),
+		Authenticate:    authenticate(e.verifier.Load),
 		Publisher:       messages,
 		PublishDeadline: e.cfg.Kafka.AckDeadline + 2*time.Second,
 		UpstreamTopic:   e.cfg.Kafka.UpstreamTopic, Tracer: e.tracer, Logger: e.log, Registerer: e.metrics,
@@ -441,7 +402,7 @@ func (e *Engine) newServer() (*transport.Server, error) {
 	}
 	messages.server, err = transport.New(transport.Options{
 		Addr: e.cfg.HTTP.Addr, Loops: e.cfg.HTTP.Loops, GatewayID: e.cfg.GatewayID, Nonce: e.nonce,
-		Sink: e.shards, API: api, Sampler: e.sampler, Settings: transportSettings(&e.cfg, e.verifier),
+		Sink: e.shards, API: e.api, Sampler: e.sampler, Settings: transportSettings(&e.cfg, e.keys.verifier),
 		HeadBytes: w.HeadBytes, HandshakeTimeout: w.HandshakeTimeout, Heartbeat: w.Heartbeat,
 		HTTPReadTimeout: e.cfg.HTTP.ReadTimeout, HTTPWriteTimeout: e.cfg.HTTP.WriteTimeout, HTTPIdleTimeout: e.cfg.HTTP.IdleTimeout,
 		Compression: transport.Compression{Enabled: w.Compression.Enabled, Threshold: w.Compression.ThresholdBytes, Level: w.Compression.Level},

@@ -23,6 +23,9 @@ const ackShare = 3
 // clients are not asked to leave at leisure: they are closed at once.
 func (e *Engine) stop(failure error) {
 	began := time.Now()
+	e.mu.Lock()
+	e.stopping = true // cfg is as it is now
+	e.mu.Unlock()
 	ctx, cancel := context.WithTimeout(e.hard, e.cfg.Drain.Deadline)
 	defer cancel()
 	e.draining.Store(true)

@@ -44,7 +44,9 @@ type KeySet struct {
 	wanted  chan struct{} // capacity 1: a key that is not there was asked for
 
 	ok, failed atomic.Int64
-	read       atomic.Int64 // Unix s, of the last good reading
+	read       atomic.Int64 // Unix s, of the last good reading; 0: none yet
+
+	reads, keys, age *prometheus.Desc
 }
 
 // keyring is one reading of a set.
@@ -69,8 +71,18 @@ func NewKeySet(o KeySetOptions) (*KeySet, error) {
 		}},
 	}
 	s.current.Store(&keyring{})
+	labels := prometheus.Labels{"issuer": o.Issuer, "url": s.where}
+	desc := func(name, help string, more ...string) *prometheus.Desc {
+		return prometheus.NewDesc("im_gateway_jwks_"+name, help, more, labels)
+	}
+	s.reads = desc("reads_total", "Times that a JWK set was read, by result.", "result")
+	s.keys = desc("keys", "Keys of a JWK set that are in use.")
+	s.age = desc("age_seconds", "Time since a JWK set was last read.")
 	return s, nil
 }
+
+// Known tells whether the set was read once.
+func (s *KeySet) Known() bool { return s.read.Load() > 0 }
 
 // sameSecurity follows redirects, but not from https to http.
 func sameSecurity(req *http.Request, via []*http.Request) error {
@@ -205,21 +217,18 @@ func (s *KeySet) Run(ctx context.Context) error {
 }
 
 // Describe implements prometheus.Collector.
-func (s *KeySet) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(s, ch) }
+func (s *KeySet) Describe(ch chan<- *prometheus.Desc) {
+	ch <- s.reads
+	ch <- s.keys
+	ch <- s.age
+}
 
 // Collect implements prometheus.Collector.
 func (s *KeySet) Collect(ch chan<- prometheus.Metric) {
-	labels := prometheus.Labels{"issuer": s.o.Issuer, "url": s.where}
-	desc := func(name, help string, more ...string) *prometheus.Desc {
-		return prometheus.NewDesc("im_gateway_jwks_"+name, help, more, labels)
-	}
-	reads := desc("reads_total", "Times that a JWK set was read, by result.", "result")
-	ch <- prometheus.MustNewConstMetric(reads, prometheus.CounterValue, float64(s.ok.Load()), "ok")
-	ch <- prometheus.MustNewConstMetric(reads, prometheus.CounterValue, float64(s.failed.Load()), "error")
-	ch <- prometheus.MustNewConstMetric(desc("keys", "Keys of a JWK set that are in use."),
-		prometheus.GaugeValue, float64(len(s.current.Load().keys)))
+	ch <- prometheus.MustNewConstMetric(s.reads, prometheus.CounterValue, float64(s.ok.Load()), "ok")
+	ch <- prometheus.MustNewConstMetric(s.reads, prometheus.CounterValue, float64(s.failed.Load()), "error")
+	ch <- prometheus.MustNewConstMetric(s.keys, prometheus.GaugeValue, float64(len(s.current.Load().keys)))
 	if at := s.read.Load(); at > 0 {
-		ch <- prometheus.MustNewConstMetric(desc("age_seconds", "Time since a JWK set was last read."),
-			prometheus.GaugeValue, time.Since(time.Unix(at, 0)).Seconds())
+		ch <- prometheus.MustNewConstMetric(s.age, prometheus.GaugeValue, time.Since(time.Unix(at, 0)).Seconds())
 	}
 }

@@ -40,4 +40,4 @@ type gateway interface {
 	GatewayID() string
 }
 
-func start(c engine.Config, l zerolog.Logger) (gateway, error) { return engine.New(c, l) }
+func start(c engine.Config, l zerolog.Logger) (gateway, error) { return engine.New(engine.Fixed(c), l) }

@@ -115,9 +115,9 @@ func (o *operator) listen(t *testing.T) string {
 	return ln.Addr().String()
 }
 
-func ctlWith(t *testing.T, environ []string, signals <-chan os.Signal, args ...string) result {
+func ctlWith(t *testing.T, environ []string, stop chan os.Signal, args ...string) result {
 	t.Helper()
-	return runWith(t, append([]string{"ctl"}, args...), environ, nil, nil, signals)
+	return runWith(t, append([]string{"ctl"}, args...), environ, nil, nil, signals{stop: stop})
 }
 
 func TestCtlShows(t *testing.T) {

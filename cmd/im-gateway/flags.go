@@ -133,7 +133,9 @@ Every key below can be given in the file, in the environment and as a flag; the 
   environment   IM_LOG_LEVEL=debug      (upper case, dots become underscores)
   flag          -log.level=debug
 Secrets are not taken from flags: use the environment, the file, or the key that ends in _file.
-The first SIGTERM or SIGINT drains and stops, the second stops at once.
+The first SIGTERM or SIGINT drains and stops, the second stops at once. SIGHUP loads the configuration
+again, and so does a change of the file, or of a file with secrets or public keys: so the keys marked *
+can change without a restart.
 Exit codes: 0 stopped as asked, 1 failed, 2 wrong usage or configuration.
 
 Try it on this machine, with Kafka, Redis and etcd on their usual ports:
@@ -164,7 +166,11 @@ func usage(w io.Writer) error {
 		if k.Default != "" {
 			text += " [" + k.Default + "]"
 		}
-		fmt.Fprintf(&b, "  %-*s %s\n", keyWidth, k.Name, wrap(text, textWidth, strings.Repeat(" ", keyWidth+3)))
+		mark := ' '
+		if k.Reload {
+			mark = '*'
+		}
+		fmt.Fprintf(&b, "%c %-*s %s\n", mark, keyWidth, k.Name, wrap(text, textWidth, strings.Repeat(" ", keyWidth+3)))
 	}
 	_, err = io.WriteString(w, b.String())
 	return err

@@ -29,13 +29,17 @@ const (
 const abortWait = 2 * time.Second
 
 func main() {
-	// Two signals are told apart: room for both.
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	// Two of the stop are told apart: room for both. Of hangups one that is to come serves all.
+	in := signals{stop: make(chan os.Signal, 2), reload: make(chan os.Signal, 1)}
+	signal.Notify(in.stop, syscall.SIGTERM, syscall.SIGINT)
+	signal.Notify(in.reload, syscall.SIGHUP)
 	engine.LimitMemory()
 	engine.PaceGC()
-	os.Exit(run(os.Args[1:], os.Environ(), os.Stdout, os.Stderr, signals, start))
+	os.Exit(run(os.Args[1:], os.Environ(), os.Stdout, os.Stderr, in, start))
 }
+
+// signals are what comes from outside while the gateway runs.
+type signals struct{ stop, reload chan os.Signal }
 
 // gateway is the engine as run needs it.
 type gateway interface {
@@ -43,15 +47,17 @@ type gateway interface {
 	Run(ctx context.Context) error
 	// Abort makes Run return at once.
 	Abort()
+	// Reload asks for the configuration to be loaded again.
+	Reload()
 }
 
-func start(c engine.Config, l zerolog.Logger) (gateway, error) { return engine.New(c, l) }
+func start(c *engine.Loaded, l zerolog.Logger) (gateway, error) { return engine.New(c, l) }
 
 // run does what the command line asks for and returns the exit code.
-func run(args, environ []string, stdout, stderr io.Writer, signals <-chan os.Signal,
-	start func(engine.Config, zerolog.Logger) (gateway, error)) int {
+func run(args, environ []string, stdout, stderr io.Writer, in signals,
+	start func(*engine.Loaded, zerolog.Logger) (gateway, error)) int {
 	if len(args) > 0 && args[0] == "ctl" {
-		return runCtl(args[1:], environ, stdout, stderr, signals)
+		return runCtl(args[1:], environ, stdout, stderr, in.stop)
 	}
 	cmd, err := parse(args)
 	if err != nil {
@@ -89,12 +95,12 @@ func run(args, environ []string, stdout, stderr io.Writer, signals <-chan os.Sig
 	for _, w := range loaded.Config.Warnings() {
 		logger.Warn().Msg(w)
 	}
-	gw, err := start(loaded.Config, logger)
+	gw, err := start(loaded, logger)
 	if err != nil {
 		logger.Error().Err(err).Msg("not started")
 		return exitFailed
 	}
-	return serve(gw, logger, signals)
+	return serve(gw, logger, in)
 }
 
 func finish(stderr io.Writer, err error) int {
@@ -105,26 +111,30 @@ func finish(stderr io.Writer, err error) int {
 	return exitOK
 }
 
-// serve runs the gateway: the first signal drains it, the second stops it at once.
-func serve(gw gateway, logger zerolog.Logger, signals <-chan os.Signal) int {
+// serve runs the gateway: the first signal to stop drains it, the second stops it at once.
+func serve(gw gateway, logger zerolog.Logger, in signals) int {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	done := make(chan error, 1)
 	go func() { done <- gw.Run(ctx) }()
-	var err error
-	select {
-	case err = <-done:
-		return ended(logger, err)
-	case s := <-signals:
-		logger.Info().Stringer("signal", s).Msg("stopping; a second signal stops at once")
-		cancel()
-	}
-	select {
-	case err = <-done:
-		return ended(logger, err)
-	case s := <-signals:
-		logger.Warn().Stringer("signal", s).Msg("stopping at once: what is under way is given up")
-		gw.Abort()
+	for stopping := false; ; {
+		select {
+		case err := <-done:
+			return ended(logger, err)
+		case <-in.reload:
+			gw.Reload()
+			continue
+		case s := <-in.stop:
+			if !stopping {
+				logger.Info().Stringer("signal", s).Msg("stopping; a second signal stops at once")
+				cancel()
+				stopping = true
+				continue
+			}
+			logger.Warn().Stringer("signal", s).Msg("stopping at once: what is under way is given up")
+			gw.Abort()
+		}
+		break
 	}
 	late := time.NewTimer(abortWait)
 	defer late.Stop()

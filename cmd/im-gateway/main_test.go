@@ -27,14 +27,16 @@ const secret = "IM_AUTH_HS256_SECRET=0123456789abcdef0123456789abcdef"
 
 // fakeGateway drains until its drained channel is closed.
 type fakeGateway struct {
-	running chan struct{}
-	drained chan struct{}
-	aborted chan struct{}
-	err     error // of Run
+	running  chan struct{}
+	drained  chan struct{}
+	aborted  chan struct{}
+	reloaded chan struct{}
+	err      error // of Run
 }
 
 func newFake() *fakeGateway {
-	return &fakeGateway{running: make(chan struct{}), drained: make(chan struct{}), aborted: make(chan struct{})}
+	return &fakeGateway{running: make(chan struct{}), drained: make(chan struct{}), aborted: make(chan struct{}),
+		reloaded: make(chan struct{}, 1)}
 }
 
 func (g *fakeGateway) Run(ctx context.Context) error {
@@ -53,6 +55,8 @@ func (g *fakeGateway) Run(ctx context.Context) error {
 
 func (g *fakeGateway) Abort() { close(g.aborted) }
 
+func (g *fakeGateway) Reload() { g.reloaded <- struct{}{} }
+
 // result is what a run of the command left.
 type result struct {
 	code           int
@@ -61,10 +65,10 @@ type result struct {
 
 func (r *result) String() string { return r.stdout + r.stderr }
 
-func runWith(t *testing.T, args, environ []string, gw *fakeGateway, startErr error, signals <-chan os.Signal) result {
+func runWith(t *testing.T, args, environ []string, gw *fakeGateway, startErr error, in signals) result {
 	t.Helper()
 	var stdout, stderr bytes.Buffer
-	code := run(args, environ, &stdout, &stderr, signals, func(engine.Config, zerolog.Logger) (gateway, error) {
+	code := run(args, environ, &stdout, &stderr, in, func(*engine.Loaded, zerolog.Logger) (gateway, error) {
 		if gw == nil && startErr == nil {
 			t.Error("the gateway was started")
 		}
@@ -86,7 +90,7 @@ func TestCommandLine(t *testing.T) {
 		stdout  string
 		stderr  string
 	}{
-		{"help", "-h", "", 0, "  log.level  ", ""},
+		{"help", "-h", "", 0, "* log.level  ", ""},
 		{"help word", "help", "", 0, "Usage:", ""},
 		{"help of config", "config -h", "", 0, "Usage:", ""},
 		{"help after keys", "-log.level=debug --help", "", 0, "Usage:", ""},
@@ -111,7 +115,7 @@ func TestCommandLine(t *testing.T) {
 		{"secret flag", "-auth.hs256_secret=hunter2", "", 2, "", "auth.hs256_secret_file"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			r := runWith(t, strings.Fields(tc.args), []string{tc.environ}, nil, nil, nil)
+			r := runWith(t, strings.Fields(tc.args), []string{tc.environ}, nil, nil, signals{})
 			if r.code != tc.code || !strings.Contains(r.stdout, tc.stdout) || !strings.Contains(r.stderr, tc.stderr) {
 				t.Errorf("code %d, want %d with %q and %q; stdout:\n%s\nstderr:\n%s",
 					r.code, tc.code, tc.stdout, tc.stderr, r.stdout, r.stderr)
@@ -128,7 +132,7 @@ func TestCommandLine(t *testing.T) {
 
 // TestHelpFits keeps the help readable on a terminal.
 func TestHelpFits(t *testing.T) {
-	r := runWith(t, []string{"-h"}, nil, nil, nil, nil)
+	r := runWith(t, []string{"-h"}, nil, nil, nil, signals{})
 	for line := range strings.Lines(r.stdout) {
 		if len(strings.TrimRight(line, "\n")) > 104 {
 			t.Errorf("%d columns: %s", len(line)-1, line)
@@ -138,32 +142,46 @@ func TestHelpFits(t *testing.T) {
 
 func TestSignals(t *testing.T) {
 	t.Run("drain", func(t *testing.T) {
-		gw, signals := newFake(), make(chan os.Signal, 2)
-		signals <- syscall.SIGTERM
+		gw, in := newFake(), signals{stop: make(chan os.Signal, 2)}
+		in.stop <- syscall.SIGTERM
 		close(gw.drained)
-		if r := runWith(t, nil, []string{secret}, gw, nil, signals); r.code != exitOK {
+		if r := runWith(t, nil, []string{secret}, gw, nil, in); r.code != exitOK {
 			t.Errorf("code %d: %s", r.code, r.stderr)
 		}
 	})
 	t.Run("second signal", func(t *testing.T) {
-		gw, signals := newFake(), make(chan os.Signal, 2)
-		signals <- syscall.SIGTERM
-		signals <- syscall.SIGINT
-		if r := runWith(t, nil, []string{secret}, gw, nil, signals); r.code != exitFailed {
+		gw, in := newFake(), signals{stop: make(chan os.Signal, 2)}
+		in.stop <- syscall.SIGTERM
+		in.stop <- syscall.SIGINT
+		if r := runWith(t, nil, []string{secret}, gw, nil, in); r.code != exitFailed {
 			t.Errorf("code %d: %s", r.code, r.stderr)
 		}
 		<-gw.aborted
 	})
+	t.Run("reload", func(t *testing.T) {
+		gw, in := newFake(), signals{stop: make(chan os.Signal), reload: make(chan os.Signal)}
+		go func() {
+			defer close(gw.drained)
+			in.reload <- syscall.SIGHUP
+			<-gw.reloaded
+			in.stop <- syscall.SIGTERM
+			in.reload <- syscall.SIGHUP // while it drains
+			<-gw.reloaded
+		}()
+		if r := runWith(t, nil, []string{secret}, gw, nil, in); r.code != exitOK {
+			t.Errorf("code %d: %s", r.code, r.stderr)
+		}
+	})
 	t.Run("failure", func(t *testing.T) {
 		gw := newFake()
 		gw.err = errors.New("the listener ended")
-		r := runWith(t, nil, []string{secret}, gw, nil, nil)
+		r := runWith(t, nil, []string{secret}, gw, nil, signals{})
 		if r.code != exitFailed || !strings.Contains(r.stderr, "the listener ended") {
 			t.Errorf("code %d: %s", r.code, r.stderr)
 		}
 	})
 	t.Run("not started", func(t *testing.T) {
-		r := runWith(t, nil, []string{secret}, nil, errors.New("port 8080 is taken"), nil)
+		r := runWith(t, nil, []string{secret}, nil, errors.New("port 8080 is taken"), signals{})
 		if r.code != exitFailed || !strings.Contains(r.stderr, "port 8080 is taken") {
 			t.Errorf("code %d: %s", r.code, r.stderr)
 		}
