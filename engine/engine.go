@@ -30,6 +30,7 @@ import (
 
 // Engine is one gateway. New, then Run, once.
 type Engine struct {
+	cfg      Config // that it started with
 	log      zerolog.Logger
 	nonce    uint64
 	random   bool // the gateway_id was made up at this start
@@ -53,14 +54,14 @@ type Engine struct {
 	httpAddr  net.Addr
 	adminAddr net.Addr
 
-	// What a reload changes. Once the gateway has started only reloads read it, and change it, and whoever
-	// else holds mu.
-	mu       sync.Mutex
-	cfg      Config // with what the start fills in
+	// What a reload changes.
+	inForce  atomic.Pointer[Config] // never written to
+	mu       sync.Mutex             // of what follows, once the gateway has started
 	keys     *tokenKeys
 	keyTasks map[keySetID]*task
 	stopping bool // nothing is changed any more
 
+	// Owned by the start, then by reloads.
 	loaded      *Loaded       // what cfg was made of
 	reloadAsked chan struct{} // capacity 1
 	reloads     *reloads
@@ -142,6 +143,8 @@ func New(loaded *Loaded, logger zerolog.Logger) (*Engine, error) {
 	if e.cfg.HTTP.Loops == 0 {
 		e.cfg.HTTP.Loops = halfTheCores()
 	}
+	cfg = e.cfg
+	e.inForce.Store(&cfg)
 	e.log = logger.With().Str("gateway_id", e.cfg.GatewayID).Logger()
 	var seed [8]byte
 	_, _ = rand.Read(seed[:]) // never fails, says crypto/rand
@@ -165,15 +168,10 @@ func New(loaded *Loaded, logger zerolog.Logger) (*Engine, error) {
 }
 
 // GatewayID is the id in use.
-func (e *Engine) GatewayID() string { return e.config().GatewayID }
+func (e *Engine) GatewayID() string { return e.cfg.GatewayID }
 
-// config is the configuration in force.
-func (e *Engine) config() *Config {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	c := e.cfg
-	return &c
-}
+// config is the configuration in force, to be read only.
+func (e *Engine) config() *Config { return e.inForce.Load() }
 
 // Ready is closed when the gateway is ready for clients.
 func (e *Engine) Ready() <-chan struct{} { return e.ready.Done() }

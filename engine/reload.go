@@ -270,8 +270,12 @@ func (e *Engine) adopt(ctx context.Context, next *Loaded) ([]change, error) {
 		levelChanges = levelChanges || c.key == "log.level"
 		authChanges = authChanges || strings.HasPrefix(c.key, "auth.")
 	}
-	if len(fixed) > 0 {
+	switch {
+	case len(fixed) > 0:
 		return nil, &restartError{fixed}
+	case len(changes) == 0:
+		e.loaded = next
+		return nil, nil
 	}
 	cfg := next.Config // but for what the start has filled in
 	cfg.GatewayID, cfg.Shard.Count, cfg.HTTP.Loops = e.cfg.GatewayID, e.cfg.Shard.Count, e.cfg.HTTP.Loops
@@ -299,7 +303,7 @@ func (e *Engine) adopt(ctx context.Context, next *Loaded) ([]change, error) {
 	e.mu.Lock()
 	stopping := e.stopping
 	if !stopping {
-		e.cfg, e.loaded = cfg, next
+		e.inForce.Store(&cfg)
 		if authChanges {
 			e.useKeys(keys)
 		}
@@ -315,6 +319,7 @@ func (e *Engine) adopt(ctx context.Context, next *Loaded) ([]change, error) {
 	if stopping {
 		return nil, errStopping
 	}
+	e.loaded = next
 	e.noteKeys() // a set that has not come may be gone
 	return changes, nil
 }

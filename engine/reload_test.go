@@ -198,7 +198,7 @@ func (r *reloadable) inForce() string {
 	return fmt.Sprintf("connections %v, egress %v, origin %q, level %s, deadline %s",
 		r.gauge("im_gateway_transport_connections_bound"), r.gauge("im_gateway_shard_egress_bytes_bound"),
 		do(r.api, "GET", "/healthz", "", "Origin: https://a.example").Header().Get("Access-Control-Allow-Origin"),
-		LogLevel{}, r.cfg.Drain.Deadline)
+		LogLevel{}, r.config().Drain.Deadline)
 }
 
 // TestReload keeps the lines that an operator reads; a refusal changes nothing at all.

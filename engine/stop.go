@@ -24,9 +24,9 @@ const ackShare = 3
 func (e *Engine) stop(failure error) {
 	began := time.Now()
 	e.mu.Lock()
-	e.stopping = true // cfg is as it is now
+	e.stopping = true // no reload from here on
 	e.mu.Unlock()
-	ctx, cancel := context.WithTimeout(e.hard, e.cfg.Drain.Deadline)
+	ctx, cancel := context.WithTimeout(e.hard, e.config().Drain.Deadline)
 	defer cancel()
 	e.draining.Store(true)
 	e.ready.Drain("stopping")
@@ -71,7 +71,7 @@ func (e *Engine) task(name string) *task {
 
 // drainSessions asks the clients to go, settles what is in flight and closes the sessions.
 func (e *Engine) drainSessions(ctx context.Context, failure error) {
-	window := e.cfg.Drain.Window
+	window := e.config().Drain.Window
 	if failure != nil {
 		window = 0
 	}

@@ -32,6 +32,12 @@ func user(prefix string) string { return prefix + "-" + strconv.FormatInt(names.
 // token signs an access token.
 func token(t testing.TB, name string, ttl time.Duration) string {
 	t.Helper()
+	return tokenBy(t, secret, name, ttl)
+}
+
+// tokenBy signs an access token with a secret of its own.
+func tokenBy(t testing.TB, secret, name string, ttl time.Duration) string {
+	t.Helper()
 	tok, err := jwt.NewBuilder().Claim("user_id", name).Expiration(time.Now().Add(ttl)).Build()
 	if err != nil {
 		t.Fatal(err)

@@ -54,7 +54,8 @@ type gateway struct {
 	done              chan struct{}
 }
 
-// settings are configuration keys and values; a name in capitals is an environment variable's.
+// settings are configuration keys and values; a name in capitals is an environment variable's, one that
+// begins with - an argument's.
 type settings map[string]string
 
 // defaults make a gateway fast to start, to notice and to stop.
@@ -88,6 +89,8 @@ func launch(t *testing.T, id string, change settings) *gateway {
 	for k, v := range s {
 		switch {
 		case v == "":
+		case strings.HasPrefix(k, "-"):
+			g.cmd.Args = append(g.cmd.Args, k, v)
 		case k == strings.ToUpper(k):
 			g.cmd.Env = append(g.cmd.Env, k+"="+v)
 		default:
