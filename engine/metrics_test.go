@@ -89,7 +89,7 @@ func runningMetrics(t *testing.T) map[string]*dto.MetricFamily {
 	cfg.Logic.Target = logic
 	cfg.Tracing.Endpoint = logic
 	cfg.Drain.Window = 0
-	e, err := New(cfg, zerolog.Nop())
+	e, err := New(Fixed(cfg), zerolog.Nop())
 	if err != nil {
 		t.Fatal(err)
 	}

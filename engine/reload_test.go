@@ -196,7 +196,7 @@ func (r *reloadable) gauge(name string) (value float64) {
 // inForce sums up what the parts go by.
 func (r *reloadable) inForce() string {
 	return fmt.Sprintf("connections %v, egress %v, origin %q, level %s, deadline %s",
-		r.gauge("im_gateway_transport_connections_bound"), r.gauge("im_gateway_shard_egress_bytes_bound"),
+		r.gauge("im_gateway_transport_connections_bound"), r.gauge("im_gateway_shard_egress_bound_bytes"),
 		do(r.api, "GET", "/healthz", "", "Origin: https://a.example").Header().Get("Access-Control-Allow-Origin"),
 		LogLevel{}, r.config().Drain.Deadline)
 }
