@@ -394,6 +394,44 @@ func TestAPIMessages(t *testing.T) {
 	}
 }
 
+// callerPublisher is a Publisher that sees all of the caller.
+type callerPublisher func(Caller) Published
+
+func (f callerPublisher) Publish(_ context.Context, from Caller, _ []byte) (Published, error) {
+	return f(from), nil
+}
+
+// TestAPISession: session_id reaches the publisher, and what the session did itself is answered as that.
+func TestAPISession(t *testing.T) {
+	for _, tc := range []struct {
+		name, query, session string
+		answer               Published
+		status               int
+		want                 string
+	}{
+		{"none", "?session_id=", "", Published{Result: codec.UpstreamResult{MessageID: "m"}}, 200, `"message_id":"m"`},
+		{"done", "?session_id=s-1", "s-1", Published{Control: true}, 200, `{"success":true,"data":{}}`},
+		{"a new token", "?session_id=s-1", "s-1", Published{Control: true, ExpiresAt: 7}, 200, `{"success":true,"data":{"expires_at":7}}`},
+		{"refused", "?session_id=s-1", "s-1", Published{Control: true, Message: "why", Result: codec.UpstreamResult{Code: codec.AuthFailed}}, 401,
+			`{"success":false,"code":"AUTH_FAILED","message":"why"}`},
+		{"not found", "?device_id=d&session_id=s%201", "s 1", Published{Result: codec.UpstreamResult{Code: codec.SessionNotFound}}, 404,
+			`"code":"SESSION_NOT_FOUND","message":"this gateway has no such session`},
+	} {
+		a := testAPI(t, &fakeAuth{}, func(o *APIOptions) {
+			o.Publisher = callerPublisher(func(from Caller) Published {
+				if from.User != "alice" || from.Session != tc.session {
+					t.Errorf("%s: published for %+v", tc.name, from)
+				}
+				return tc.answer
+			})
+		})
+		w := do(a, "POST", "/api/messages"+tc.query, `{"type":"m","data":1}`, "Authorization: Bearer good")
+		if w.Code != tc.status || !strings.Contains(w.Body.String(), tc.want) {
+			t.Errorf("%s: %d %s, want %d with %s", tc.name, w.Code, w.Body, tc.status, tc.want)
+		}
+	}
+}
+
 func TestAPIRequestLimit(t *testing.T) {
 	entered, leave := make(chan struct{}), make(chan struct{})
 	auth := &fakeAuth{login: func(context.Context, *logicpb.LoginRequest) (*logicpb.TokenResponse, error) {

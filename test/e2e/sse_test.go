@@ -210,6 +210,11 @@ func TestEventStream(t *testing.T) {
 			t.Errorf("%s for another's session: %d %s", kind, a.Status, a.Code)
 		}
 	}
+	for _, query := range []string{"", "?session_id="} {
+		if a := post(t, g, "/api/messages"+query, `{"type":"ping"}`, s.auth); a.Status != 400 || a.Code != "INVALID_MESSAGE" {
+			t.Errorf("a ping for no session: %d %s", a.Status, a.Code)
+		}
+	}
 	// A newer session, a WebSocket, takes its place.
 	w := connect(t, g, name)
 	if c := s.closed(); c.Code != 4500 || c.Reason == "" || c.retry == "" {
