@@ -144,16 +144,19 @@ func TestDocumentsNameWhatThereIs(t *testing.T) {
 	// To bob by way of the other gateway, once; and to nobody.
 	everything := fmt.Sprintf(`"device_id":"d-2","type":"news","message_id":"m-1","trace_id":"t","expire_at":%d,"timestamp":1,"data":{}`,
 		time.Now().Add(time.Hour).UnixMilli())
-	produce(t, a, bob, fmt.Sprintf(`{"target_user_id":%q,%s}`, bob, everything))
-	cb.wait("news")
-	hopped := &kgo.Record{Topic: downstreamPrefix + a.id, Value: fmt.Appendf(nil, `{"target_user_ids":[%q],"data":1}`, bob),
-		Headers: []kgo.RecordHeader{{Key: "im-hop", Value: []byte("1")}}}
-	if err := env.kafka.ProduceSync(deadline(t), hopped).FirstErr(); err != nil {
+	trace := kgo.RecordHeader{Key: "traceparent", Value: []byte("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00")}
+	hop := kgo.RecordHeader{Key: "im-hop", Value: []byte("1")}
+	topic, garbage := downstreamPrefix+a.id, "no JSON of "+bob
+	err := env.kafka.ProduceSync(deadline(t),
+		&kgo.Record{Topic: topic, Value: fmt.Appendf(nil, `{"target_user_id":%q,%s}`, bob, everything), Headers: []kgo.RecordHeader{trace}},
+		&kgo.Record{Topic: topic, Value: fmt.Appendf(nil, `{"target_user_ids":[%q],"data":1}`, bob), Headers: []kgo.RecordHeader{trace, hop}},
+		&kgo.Record{Topic: topic, Value: []byte(garbage), Headers: []kgo.RecordHeader{trace}},
+	).FirstErr()
+	if err != nil {
 		t.Fatal(err)
 	}
-	produce(t, a, "", "no JSON")
-	produce(t, a, "", "the last one, which is none either")
-	find(t, "im-deadletter-topic", contains("the last one"))
+	cb.wait("news")
+	find(t, "im-deadletter-topic", contains(garbage))
 	a.settled()
 
 	cb.send("m", "c-1", 1)
