@@ -51,6 +51,8 @@ func TestMetricsReference(t *testing.T) {
 	t.Run("lint", func(t *testing.T) { lintMetrics(t, families) })
 	t.Run("bounds", func(t *testing.T) { boundedMetrics(t, families) })
 	t.Run("documents", func(t *testing.T) { namedMetrics(t, families) })
+	t.Run("dashboard", func(t *testing.T) { dashboardMetrics(t, families) })
+	t.Run("alerts", func(t *testing.T) { alertMetrics(t, families) })
 	t.Run("values", func(t *testing.T) { sensibleMetrics(t, families) })
 }
 

@@ -4,6 +4,7 @@ go 1.26.0
 
 require (
 	github.com/compose-spec/compose-go/v2 v2.9.0
+	github.com/grafana/grafana-foundation-sdk/go v0.0.22
 	go.yaml.in/yaml/v3 v3.0.5
 	k8s.io/api v0.36.2
 	k8s.io/apimachinery v0.36.2
