@@ -16,8 +16,11 @@ func (k *claim) trace(m *sarama.ConsumerMessage, d *codec.Downstream, reason err
 		return nil
 	}
 	in, ok := codec.ParseTraceParent(header)
-	if !ok {
+	switch {
+	case !ok:
 		header = nil
+	case len(header) > codec.TraceParentLen || string(header[:2]) != "00":
+		header = in.AppendTraceParent(nil) // a later version, as far as it is known
 	}
 	if sampler == nil {
 		return header

@@ -130,13 +130,13 @@ func TestTracedRecords(t *testing.T) {
 func TestTracingOff(t *testing.T) {
 	d := &desk{auto: codec.EndOffline}
 	brokers, c := startRouting(t, d, nil)
-	for i, parent := range []string{sampled, unsampled, "", "nonsense"} {
+	for i, parent := range []string{sampled, unsampled, "", "nonsense", "cc" + sampled[2:] + "-later"} {
 		writeTraced(t, brokers, downTopic, parent, fmt.Sprintf(`{"target_user_ids":["nowhere","one@gw-2"],"message_id":"m%d","data":1}`, i))
 	}
-	balanced(t, c, map[codec.End]int{codec.EndOffline: 4, codec.EndForwarded: 4})
+	balanced(t, c, map[codec.End]int{codec.EndOffline: 5, codec.EndForwarded: 5})
 	for _, topic := range []string{"down-gw-2", undTopic} {
-		list := byMessage(t, brokers, topic, 4)
-		for id, want := range map[string]string{"m0": sampled, "m1": unsampled, "m2": "", "m3": ""} {
+		list := byMessage(t, brokers, topic, 5)
+		for id, want := range map[string]string{"m0": sampled, "m1": unsampled, "m2": "", "m3": "", "m4": sampled} {
 			if got := header(list[id], "traceparent"); got != want {
 				t.Errorf("%s: traceparent %q, want %q", topic, got, want)
 			}
