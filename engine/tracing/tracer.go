@@ -39,7 +39,7 @@ const (
 	retryFirst    = 200 * time.Millisecond
 	retryMax      = 2 * time.Second
 	redialMax     = 10 * time.Second
-	// stopTimeout bounds the last batch.
+	// stopTimeout bounds what is still sent once Run is to end.
 	stopTimeout = 2 * time.Second
 	// troublePause is how often at most a failure is logged.
 	troublePause = 30 * time.Second
@@ -71,6 +71,7 @@ type Tracer struct {
 	provider *sdktrace.TracerProvider
 	tracer   trace.Tracer
 	trouble  zerolog.Logger // sampled
+	late     time.Duration  // stopTimeout, but in tests
 
 	exported, dropped, failed atomic.Int64
 
@@ -92,7 +93,7 @@ func New(o Options) (*Tracer, error) {
 		return nil, errors.New("tracing: an option is missing")
 	}
 	t := &Tracer{
-		o: o, queue: make(chan *ended, queueSpans),
+		o: o, queue: make(chan *ended, queueSpans), late: stopTimeout,
 		trouble: o.Logger.Sample(&zerolog.BurstSampler{Burst: 1, Period: troublePause}),
 	}
 	secure := insecure.NewCredentials()
@@ -156,27 +157,37 @@ func (t *Tracer) Run(ctx context.Context) error {
 	if err := t.exporter.Start(ctx); err != nil {
 		return fmt.Errorf("start the exporter of spans: %w", err)
 	}
+	// What is on its way when ctx ends may still arrive.
+	sending, cut := context.WithCancel(context.WithoutCancel(ctx))
+	defer cut()
+	defer context.AfterFunc(ctx, func() {
+		late := time.NewTimer(t.late)
+		defer late.Stop()
+		select {
+		case <-late.C:
+			cut()
+		case <-sending.Done():
+		}
+	})()
 	flush := time.NewTicker(flushInterval)
 	defer flush.Stop()
 	for {
 		select {
 		case e := <-t.queue:
 			if t.add(e); len(t.batch.spans) >= batchSpans {
-				t.export(ctx)
+				t.export(sending)
 			}
 		case <-flush.C:
-			t.export(ctx)
+			t.export(sending)
 		case <-ctx.Done():
-			t.finish(context.WithoutCancel(ctx))
+			t.finish(sending)
 			return nil
 		}
 	}
 }
 
-// finish sends what is left, as far as stopTimeout allows.
+// finish sends what is left, until ctx ends.
 func (t *Tracer) finish(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, stopTimeout)
-	defer cancel()
 	for {
 		select {
 		case e := <-t.queue:

@@ -54,27 +54,27 @@ func startCollector(t *testing.T, addr string) *collector.Collector {
 // running is a Tracer that runs until stop, or the test's end.
 type running struct {
 	*Tracer
-	t    *testing.T
-	stop func()
+	t      *testing.T
+	cancel context.CancelFunc
+	stop   func()
 }
 
-func start(t *testing.T, endpoint string, change func(*Options)) *running {
+func start(t *testing.T, endpoint string, change func(*Tracer)) *running {
 	t.Helper()
-	o := Options{
+	tracer, err := New(Options{
 		Endpoint: endpoint, ServiceName: "im-gateway", Version: "v1", GatewayID: "gw-1", Sampler: codec.NewSampler(0, 1e6),
 		UpstreamTopic: "up", DownstreamPrefix: "down-", Scheme: "https", Logger: zerolog.Nop(), Registerer: prometheus.NewRegistry(),
-	}
-	if change != nil {
-		change(&o)
-	}
-	tracer, err := New(o)
+	})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if change != nil {
+		change(tracer)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- tracer.Run(ctx) }()
-	r := &running{Tracer: tracer, t: t}
+	r := &running{Tracer: tracer, t: t, cancel: cancel}
 	stopped := false
 	r.stop = func() {
 		if cancel(); stopped {
@@ -377,6 +377,34 @@ func TestCollectorRefuses(t *testing.T) {
 	c.Answer(nil)
 	r.HTTP(r.begin(), "POST", "/x", 200)
 	r.until("the next one is sent", func() bool { return r.exported.Load() == 1 && len(c.Spans("")) == 1 })
+}
+
+// TestStopSendsWhatIsOnItsWay: the batch that is being sent, and those behind it.
+func TestStopSendsWhatIsOnItsWay(t *testing.T) {
+	c := startCollector(t, "127.0.0.1:0")
+	asked, goOn := make(chan struct{}, 100), make(chan struct{})
+	c.Answer(func(context.Context) error {
+		asked <- struct{}{}
+		<-goOn
+		return nil
+	})
+	r := start(t, c.Addr, func(t *Tracer) { t.late = patience })
+	r.HTTP(r.begin(), "POST", "/x", 200)
+	select {
+	case <-asked:
+	case <-time.After(patience):
+		t.Fatal("nothing was sent")
+	}
+	const more = 2 * batchSpans
+	for range more {
+		r.HTTP(r.begin(), "POST", "/x", 200)
+	}
+	r.cancel()
+	close(goOn)
+	r.stop()
+	if n := len(c.Spans("")); n != 1+more || r.exported.Load() != 1+more {
+		t.Errorf("%d of %d spans have arrived, %d failed", n, 1+more, r.failed.Load())
+	}
 }
 
 // TestCollectorHangs: a collector that never answers holds nobody up, nor the stop.
