@@ -41,6 +41,7 @@ func gatewayEnviron(s types.ServiceConfig) map[string]string {
 func TestCompose(t *testing.T) {
 	p := project(t)
 	balancer := read(t, root+"/deploy/haproxy/haproxy.cfg")
+	scraped := read(t, root+"/deploy/prometheus/prometheus.yml")
 	subnet := p.Networks["default"].Ipam.Config[0].Subnet
 	gateways := 0
 	for name, s := range p.Services {
@@ -58,6 +59,9 @@ func TestCompose(t *testing.T) {
 			gateways++
 			if !strings.Contains(balancer, "server "+name+" "+name+":8080\n") {
 				t.Errorf("haproxy does not know %s", name)
+			}
+			if target := name + env["IM_ADMIN_ADDR"]; !strings.Contains(scraped, `"`+target+`"`) {
+				t.Errorf("Prometheus does not scrape %s", target)
 			}
 			if env["IM_HTTP_TRUSTED_PROXIES"] != subnet || env["IM_HTTP_PROXY_PROTOCOL"] != "true" {
 				t.Errorf("%s does not believe haproxy: %v, the network is %s", name, env, subnet)
