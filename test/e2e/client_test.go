@@ -269,6 +269,9 @@ func post(t testing.TB, g *gateway, path, body string, header http.Header) answe
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := env.spec.fromHTTP(req.Method, path, resp.StatusCode, text); err != nil {
+		t.Error(err)
+	}
 	a := answer{Status: resp.StatusCode, Header: resp.Header}
 	decode(t, text, &a)
 	return a

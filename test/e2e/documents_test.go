@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"os"
 	"path"
 	"path/filepath"
@@ -24,6 +25,9 @@ import (
 // documents are the files that a gateway serves, see engine/api_documents.go.
 const documents = "../../engine"
 
+// base is what the documents' addresses begin with in the tests.
+const base = "test:/"
+
 const downstreamPrefix = "im-downstream-topic-"
 
 // specification is what the AsyncAPI document and its schemas say. Every frame and event that any test's client
@@ -33,6 +37,7 @@ type specification struct {
 	client   *jsonschema.Schema             // any frame of a client's
 	record   *jsonschema.Schema             // any downstream record
 	query    *jsonschema.Schema
+	answers  map[string]*jsonschema.Schema // of the HTTP API, by method, path and status
 
 	mu       sync.Mutex
 	seen     map[string]bool // channel/name, and channel/name field of what the gateways sent
@@ -52,16 +57,12 @@ type loader struct{ strict bool }
 
 // Load implements jsonschema.URLLoader.
 func (l loader) Load(address string) (any, error) {
-	_, name, ok := strings.Cut(address, "/schemas/")
-	if !ok {
-		return nil, fmt.Errorf("%s is none of the schemas", address)
-	}
-	text, err := os.ReadFile(filepath.Join(documents, "schemas", name))
+	text, err := os.ReadFile(filepath.Join(documents, strings.TrimPrefix(address, base)))
 	if err != nil {
 		return nil, err
 	}
 	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(text))
-	if l.strict && byGateway(name) {
+	if l.strict && byGateway(path.Base(address)) {
 		closeObjects(doc)
 	}
 	return doc, err
@@ -116,13 +117,13 @@ func loadSpecification() (*specification, error) {
 			return nil, nil
 		}
 		if name := path.Base(p.Schema.Ref); byGateway(name) {
-			doc, err := loader{}.Load("/schemas/" + name)
+			doc, err := loader{}.Load(base + p.Schema.Ref)
 			if err != nil {
 				return nil, err
 			}
 			listFields(doc, where, s.fields)
 		}
-		return strict.Compile("test:/" + p.Schema.Ref)
+		return strict.Compile(base + p.Schema.Ref)
 	}
 	for channel, c := range doc.Channels {
 		s.messages[channel] = map[string]*message{}
@@ -158,11 +159,73 @@ func loadSpecification() (*specification, error) {
 	for file, schema := range map[string]**jsonschema.Schema{
 		"client": &s.client, "kafka-downstream": &s.record, "connect-query": &s.query,
 	} {
-		if *schema, err = strict.Compile("test:/schemas/" + file + ".json"); err != nil {
+		if *schema, err = strict.Compile(base + "schemas/" + file + ".json"); err != nil {
 			return nil, err
 		}
 	}
-	return s, nil
+	return s, s.loadAnswers(strict)
+}
+
+// loadAnswers reads the OpenAPI document.
+func (s *specification) loadAnswers(compiler *jsonschema.Compiler) error {
+	text, err := os.ReadFile(filepath.Join(documents, "openapi.json"))
+	if err != nil {
+		return err
+	}
+	type response struct {
+		Ref     string `json:"$ref"`
+		Content map[string]json.RawMessage
+	}
+	var doc struct {
+		Paths      map[string]map[string]struct{ Responses map[string]response }
+		Components struct{ Responses map[string]response }
+	}
+	if err := json.Unmarshal(text, &doc); err != nil {
+		return fmt.Errorf("openapi.json: %w", err)
+	}
+	escape := strings.NewReplacer("~", "~0", "/", "~1").Replace
+	s.answers = map[string]*jsonschema.Schema{}
+	for path, methods := range doc.Paths {
+		for method, op := range methods {
+			for status, r := range op.Responses {
+				at := "#/paths/" + escape(path) + "/" + method + "/responses/" + status
+				if r.Ref != "" {
+					at = r.Ref
+					r = doc.Components.Responses[strings.TrimPrefix(at, "#/components/responses/")]
+				}
+				if r.Content["application/json"] == nil {
+					continue
+				}
+				schema, err := compiler.Compile(base + "openapi.json" + at + "/content/application~1json/schema")
+				if err != nil {
+					return err
+				}
+				s.answers[fmt.Sprint(strings.ToUpper(method), " ", path, " ", status)] = schema
+			}
+		}
+	}
+	return nil
+}
+
+// fromHTTP checks an answer of the HTTP API. What any path may answer stands in the document's words only.
+func (s *specification) fromHTTP(method, path string, status int, body []byte) error {
+	path, _, _ = strings.Cut(path, "?")
+	at := fmt.Sprint(method, " ", path, " ", status)
+	schema := s.answers[at]
+	if schema == nil {
+		if status == http.StatusMethodNotAllowed || status == http.StatusNotFound {
+			return nil
+		}
+		return fmt.Errorf("%s is not described", at)
+	}
+	v, err := jsonschema.UnmarshalJSON(bytes.NewReader(body))
+	if err == nil {
+		err = schema.Validate(v)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %.300s: %w", at, body, err)
+	}
+	return nil
 }
 
 // listFields adds the fields that a schema names.
