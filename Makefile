@@ -71,7 +71,7 @@ bench: build ## measure this gateway and its peers side by side; needs kafka, et
 	$(GO) run ./bench/suite $(BENCH_ARGS)
 
 fuzz: ## fuzz every decoder for FUZZTIME each, 30s; or all of them for FUZZMINUTES in total
-	@set -e; list=$$(for p in ./cmd/im-dev/logic ./codec ./engine ./registry ./transport; do \
+	@set -e; list=$$(for p in ./client ./cmd/im-dev/logic ./codec ./engine ./registry ./transport; do \
 		names=$$($(GO) test -list '^Fuzz' $$p); echo "$$names" | sed -n "s|^Fuzz.*|$$p:&|p"; done); \
 	each=$${FUZZTIME:-30s}; \
 	if [ -n "$$FUZZMINUTES" ]; then each=$$((FUZZMINUTES * 60 / $$(echo "$$list" | wc -l)))s; fi; \

@@ -21,6 +21,7 @@ const (
 	connectTimeout = 10 * time.Second // the handshake and the connected frame
 	stableAfter    = 10 * time.Second // a session that lasted so long starts the back-off anew
 	maxHint        = 5 * time.Minute  // bounds what a gateway may ask to wait
+	tokenTries     = 2                // other tokens tried, in a row, after a refused one
 	inboxSize      = 256              // messages between the reader and Handle
 	seenSize       = 1024             // message ids remembered
 )
@@ -39,7 +40,8 @@ var (
 	ErrNotConnected = errors.New("client: not connected")
 )
 
-// CloseError is a close by the gateway after which the client does not come back by itself.
+// CloseError is a close by the gateway, or its refusal of a handshake, after which the client does not come
+// back by itself.
 type CloseError struct {
 	Code   int // 4500 to 4599
 	Reason string
@@ -61,8 +63,12 @@ func (e *RefusedError) Error() string {
 
 // Options of a client. URLs and Token are required.
 type Options struct {
-	URLs  []string                                  // ws:// or wss:// addresses of gateways, tried in turn
-	Token func(ctx context.Context) (string, error) // called before each connect, and by Refresh
+	URLs []string // ws:// or wss:// addresses of gateways, tried in turn
+
+	// Token returns a token that is good now. It is never called twice at once, and may take its time.
+	Token   func(ctx context.Context, why TokenReason) (string, error)
+	TokenIn TokenIn // how the token travels; default: in a header
+	Format  Format  // of frames; default: JSON
 
 	// Handle is called on one goroutine, in order. It must not wait for a Pending. While it is slow
 	// by more than 256 messages nothing is read, and the gateway may close with 4000.
@@ -72,7 +78,7 @@ type Options struct {
 	DeviceID, Device string // the device and its kind; may be empty
 
 	OnState func(State)                // called on Run's goroutine; must not block
-	OnError func(code, message string) // an error frame of the gateway; must not block
+	OnError func(code, message string) // an error frame of the gateway, or TOKEN: see Refresh; must not block
 
 	Outbox     int           // messages that may be unsettled; default 1,000
 	Window     int           // messages outstanding at a time; default 1, which keeps order across refusals
@@ -117,7 +123,7 @@ type Client struct {
 	outbox  outbox
 	inbox   chan inbound
 	started atomic.Bool
-	refresh chan struct{} // a lock: holds one element while Refresh runs
+	refresh chan struct{} // a lock: holds one element while a token is asked for, and refreshed by it
 
 	mu      sync.Mutex
 	session *session // nil while disconnected
@@ -127,6 +133,9 @@ type Client struct {
 func New(o Options) (*Client, error) {
 	if len(o.URLs) == 0 || o.Token == nil {
 		return nil, errors.New("client: URLs and Token are required")
+	}
+	if o.TokenIn < InHeader || o.TokenIn > InQuery || o.Format < JSON || o.Format > Protobuf {
+		return nil, errors.New("client: TokenIn or Format is none of those that there are")
 	}
 	if o.Outbox < 0 || o.Window < 0 || o.AckTimeout < 0 {
 		return nil, errors.New("client: Outbox, Window and AckTimeout must not be negative")
@@ -169,7 +178,7 @@ func New(o Options) (*Client, error) {
 // Send puts a message into the outbox. It never blocks and may be called before Run and while
 // disconnected. Errors: ErrOutboxFull, ErrDuplicateID, ErrClosed, or what is wrong with e.
 func (c *Client) Send(e Envelope) (*Pending, error) {
-	p, err := newPending(e)
+	p, err := newPending(e, c.opts.Format)
 	if err != nil {
 		return nil, err
 	}
@@ -215,21 +224,24 @@ func (c *Client) connections(ctx context.Context) error {
 	}
 	bo.Reset()
 	notBefore := make([]time.Time, len(c.urls)) // what each address asked for
-	replaced := false                           // an expired token was replaced by a fresh one
+	var refused refusal
 	for at := 0; ; at++ {
 		i := c.pick(at, notBefore)
 		at = i
 		c.state(State{Phase: Connecting, URL: c.opts.URLs[i]})
-		s, err := c.connect(ctx, c.urls[i])
+		s, token, err := c.connect(ctx, c.urls[i], &refused)
 		if err == nil {
 			c.setSession(s)
 			c.state(State{Phase: Connected, URL: c.opts.URLs[i], Gateway: s.gateway, Session: s.id, Degraded: s.degraded})
 			start := time.Now()
 			err = s.run(ctx)
 			c.setSession(nil)
-			if time.Since(start) > stableAfter {
+			stable := time.Since(start) > stableAfter
+			if stable || s.stored.Load() {
 				bo.Reset()
-				replaced = false
+			}
+			if stable {
+				refused.tries = 0
 			}
 		}
 		if ctx.Err() != nil {
@@ -239,8 +251,10 @@ func (c *Client) connections(ctx context.Context) error {
 		code, reason := closeCode(err)
 		var after time.Duration
 		switch {
-		case code == codeTokenExpired && !replaced:
-			replaced = true
+		case refused.another(code, token, reason):
+			if refused.tries > 1 {
+				after = bo.NextBackOff()
+			}
 		case code >= 4500 && code <= 4599:
 			return &CloseError{Code: code, Reason: reason}
 		case s != nil && s.hinted():
@@ -291,33 +305,16 @@ func (c *Client) handleAll() {
 	}
 }
 
-// Refresh asks Token for a fresh token and gives it to the gateway, so that the session outlives
-// the old one. It returns the new expiry, or ErrNotConnected, a *RefusedError when the gateway
-// keeps the old one, or ctx's error. Without a session none is needed: each connect gets its own.
-func (c *Client) Refresh(ctx context.Context) (time.Time, error) {
-	select {
-	case c.refresh <- struct{}{}:
-		defer func() { <-c.refresh }()
-	case <-ctx.Done():
-		return time.Time{}, ctx.Err()
-	}
-	token, err := c.opts.Token(ctx)
-	if err != nil {
-		return time.Time{}, fmt.Errorf("client: token: %w", err)
-	}
-	c.mu.Lock()
-	s := c.session
-	c.mu.Unlock()
-	if s == nil {
-		return time.Time{}, ErrNotConnected
-	}
-	return s.refresh(ctx, token)
-}
-
 func (c *Client) setSession(s *session) {
 	c.mu.Lock()
 	c.session = s
 	c.mu.Unlock()
+}
+
+func (c *Client) report(code, message string) {
+	if c.opts.OnError != nil {
+		c.opts.OnError(code, message)
+	}
 }
 
 func (c *Client) state(s State) {

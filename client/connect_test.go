@@ -77,7 +77,10 @@ func TestExpiredToken(t *testing.T) {
 					}
 				}
 				var n atomic.Int64
-				c := start(t, Options{URLs: []string{g.url()}, Token: func(context.Context) (string, error) {
+				c := start(t, Options{URLs: []string{g.url()}, Token: func(_ context.Context, why TokenReason) (string, error) {
+					if first := n.Load() == 0; first != (why == ToConnect) || !first && why != TokenRefused {
+						t.Errorf("token %d is asked for %s", n.Load()+1, why)
+					}
 					return fmt.Sprintf("t%d", n.Add(1)), nil
 				}})
 				if !lasting {
@@ -85,7 +88,7 @@ func TestExpiredToken(t *testing.T) {
 					return
 				}
 				err := c.ended(t)
-				if ce, ok := errors.AsType[*CloseError](err); !ok || ce.Code != 4502 || n.Load() != 2 {
+				if ce, ok := errors.AsType[*CloseError](err); !ok || ce.Code != 4502 || n.Load() != 1+tokenTries {
 					t.Errorf("Run: %v after %d tokens", err, n.Load())
 				}
 			})
@@ -93,6 +96,7 @@ func TestExpiredToken(t *testing.T) {
 	}
 }
 
+// One that was refused is not tried again.
 func TestRefusedToken(t *testing.T) {
 	g := newGateway(t, nil)
 	g.refuse = func(_ int, w http.ResponseWriter, _ *http.Request) bool {
@@ -104,12 +108,15 @@ func TestRefusedToken(t *testing.T) {
 	if ce, ok := errors.AsType[*CloseError](err); !ok || ce.Code != 4503 || ce.Reason != "AUTH_FAILED why" {
 		t.Errorf("Run: %v", err)
 	}
+	if n := g.connections(); n != 1 {
+		t.Errorf("%d connections with one token", n)
+	}
 }
 
 func TestTokenErrorIsTriedAgain(t *testing.T) {
 	g := newGateway(t, func(_ int, p *peer) { p.hello(); p.acceptAll() })
 	var n atomic.Int64
-	c := start(t, Options{URLs: []string{g.url()}, Token: func(context.Context) (string, error) {
+	c := start(t, Options{URLs: []string{g.url()}, Token: func(context.Context, TokenReason) (string, error) {
 		if n.Add(1) < 3 {
 			return "", errors.New("no token yet")
 		}
@@ -249,22 +256,24 @@ func TestPingsAreLife(t *testing.T) {
 	}
 }
 
-func TestDeliveries(t *testing.T) {
+func TestDeliveries(t *testing.T) { formats(t, deliveries) }
+
+func deliveries(t *testing.T, format Format) {
 	query := make(chan string, 10)
 	acked := make(chan string, 100)
 	g := newGateway(t, func(n int, p *peer) {
 		query <- p.r.URL.RawQuery
 		p.hello()
 		for i, id := range []string{"a", "b", "a", "c", "b", "d"} {
-			p.send(`{"type":"new-message","message_id":%q,"delivery_id":%d,"data":{"n":  "<%d>"}}`, id, i+1, n)
+			p.send(`{"type":"new-message","message_id":%q,"delivery_id":%d,"timestamp":1760000000000,"data":{"n":  "<%d>"}}`, id, i+1, n)
 		}
 		p.send(`{"type":"new-message","delivery_id":7,"data":null}`)
 		for range 7 {
-			_, b, err := p.ws.Read(p.ctx)
-			if err != nil {
+			f, ok := p.next()
+			if !ok {
 				return
 			}
-			acked <- string(b)
+			acked <- f.Type + " " + string(f.Data)
 		}
 		if n == 1 {
 			p.close(4000)
@@ -273,7 +282,7 @@ func TestDeliveries(t *testing.T) {
 		p.next()
 	})
 	got := make(chan Message, 100)
-	c := start(t, Options{URLs: []string{g.url()}, AckDeliveries: true, DeviceID: "d 1", Device: "phone",
+	c := start(t, Options{URLs: []string{g.url()}, AckDeliveries: true, Format: format, DeviceID: "d 1", Device: "phone",
 		Handle: func(m Message) { got <- m }})
 	for range 2 {
 		if q := <-query; q != "ack=1&device=phone&device_id=d+1" {
@@ -282,7 +291,7 @@ func TestDeliveries(t *testing.T) {
 		for i := range 7 {
 			select {
 			case a := <-acked:
-				if want := fmt.Sprintf(`{"type":"delivery-ack","data":{"delivery_id":%d}}`, i+1); a != want {
+				if want := fmt.Sprintf(`delivery-ack {"delivery_id":%d}`, i+1); a != want {
 					t.Errorf("ack %s, want %s", a, want)
 				}
 			case <-time.After(patience):
@@ -296,8 +305,8 @@ func TestDeliveries(t *testing.T) {
 	var order []string
 	for m := range got {
 		order = append(order, m.ID)
-		if m.ID != "" && string(m.Data) != `{"n":  "<1>"}` {
-			t.Errorf("data %s", m.Data)
+		if m.ID != "" && (string(m.Data) != `{"n":  "<1>"}` || m.Time.UnixMilli() != 1760000000000) {
+			t.Errorf("data %s of %s", m.Data, m.Time)
 		}
 	}
 	equal(t, "handled", order, []string{"a", "b", "c", "d", "", ""}) // those without an id each time

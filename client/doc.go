@@ -3,12 +3,14 @@
 //
 //	c, err := client.New(client.Options{
 //		URLs:   []string{"wss://gw-0.example.com/ws", "wss://gw-1.example.com/ws"},
-//		Token:  func(ctx context.Context) (string, error) { return login(ctx) },
+//		Token:  func(ctx context.Context, why client.TokenReason) (string, error) { return login(ctx) },
 //		Handle: func(m client.Message) { fmt.Println(m.Type, string(m.Data)) },
 //	})
 //	go c.Run(ctx)
 //	p, err := c.Send(client.Envelope{Type: "send-message", Data: data})
 //	receipt, err := p.Wait(ctx)
+//
+// Programs to begin with are in client/examples: chat, echo and notify.
 //
 // # Sending
 //
@@ -18,9 +20,9 @@
 //
 //	answer                                  the client
 //	success                                 Wait returns the [Receipt]
-//	OVERLOADED, BROKER_UNAVAILABLE,         sends it again after retry_after_ms, else after 0.5 s
-//	RATE_LIMITED, AUTH_FAILED,              growing to 10 s; nothing behind it is sent before
-//	TOKEN_EXPIRED
+//	OVERLOADED, BROKER_UNAVAILABLE,         sends it again after retry_after_ms and up to a fifth
+//	RATE_LIMITED, AUTH_FAILED,              more, else after 0.5 s growing to 10 s; nothing behind
+//	TOKEN_EXPIRED                           it is sent before
 //	OUTCOME_UNKNOWN                         takes a late success, else sends it again after 1 s
 //	INVALID_MESSAGE, MESSAGE_TOO_LARGE      Wait returns a [RefusedError]; the next one follows
 //	any other code                          the same
@@ -48,10 +50,16 @@
 //
 // # Connecting
 //
-// The addresses are tried in turn, with a jittered back-off from 100 ms to 10 s, a refusal's
-// Retry-After respected for its address. A Token that fails is asked again in the same way. Every
-// close but 45xx leads to another connection, and so does a silence of 2.5 heartbeats. After a
-// reconnect hint the client moves on to the next address at a random moment of the given time, once
-// its outstanding messages are answered. A token that expired (4502, or 401 TOKEN_EXPIRED) is
-// replaced once; other 45xx, and other 401 as 4503, end [Client.Run] with a [CloseError].
+// The addresses are tried in turn, with a jittered back-off from 100 ms to 10 s, which begins anew after
+// 10 s or a stored message, a refusal's Retry-After respected for its address. A Token that fails is asked
+// again in the same way. Every close but 45xx leads to another connection, and so does a silence of 2.5
+// heartbeats. After a reconnect hint the client moves on to the next address at a random moment of the
+// given time, once its outstanding messages are answered.
+//
+// # Tokens
+//
+// Options.Token is called before each connection. In a session a JWT that will soon expire is replaced: see
+// [Client.Refresh]. When a token is refused, or a session is ended for it (401, 4502, 4503), Token is asked
+// for another one, twice in a row at most; the same one again, and any other 45xx, end [Client.Run] with a
+// [CloseError].
 package client

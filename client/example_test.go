@@ -20,7 +20,7 @@ func Example() {
 
 	c, err := client.New(client.Options{
 		URLs:  []string{"ws" + strings.TrimPrefix(gateway.URL, "http") + "/ws"},
-		Token: func(context.Context) (string, error) { return "a token of im-logic's", nil },
+		Token: func(context.Context, client.TokenReason) (string, error) { return "a token of im-logic's", nil },
 		Handle: func(m client.Message) {
 			fmt.Println("received", m.Type, string(m.Data))
 		},

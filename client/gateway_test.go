@@ -16,6 +16,9 @@ import (
 
 	"github.com/coder/websocket"
 	"go.uber.org/goleak"
+	"google.golang.org/protobuf/proto"
+
+	"im-gateway/codec/clientpb"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -27,6 +30,8 @@ type gateway struct {
 	*httptest.Server
 	script func(n int, p *peer)                                     // of the nth connection, from 1
 	refuse func(n int, w http.ResponseWriter, r *http.Request) bool // answers instead of upgrading
+
+	only string // the one subprotocol; empty: both
 
 	mu       sync.Mutex
 	n        int
@@ -57,7 +62,11 @@ func (g *gateway) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	h := &hijacker{ResponseWriter: w}
-	ws, err := websocket.Accept(h, r, &websocket.AcceptOptions{Subprotocols: []string{subprotocol}})
+	speaks := []string{JSON.subprotocol(), Protobuf.subprotocol()}
+	if g.only != "" {
+		speaks = []string{g.only}
+	}
+	ws, err := websocket.Accept(h, r, &websocket.AcceptOptions{Subprotocols: speaks})
 	if err != nil {
 		return
 	}
@@ -99,9 +108,26 @@ type peer struct {
 	r   *http.Request
 }
 
+// send writes a frame that is given as JSON, in the connection's format.
 func (p *peer) send(format string, args ...any) {
-	_ = p.ws.Write(p.ctx, websocket.MessageText, fmt.Appendf(nil, format, args...))
+	b := fmt.Appendf(nil, format, args...)
+	if !p.protobuf() {
+		_ = p.ws.Write(p.ctx, websocket.MessageText, b)
+		return
+	}
+	var f frame
+	if err := json.Unmarshal(b, &f); err != nil {
+		panic(err)
+	}
+	b, err := proto.Marshal(&clientpb.ServerFrame{
+		Type: f.Type, MessageId: f.MessageID, Data: f.Data, Timestamp: f.Timestamp, DeliveryId: f.DeliveryID})
+	if err != nil {
+		panic(err)
+	}
+	_ = p.ws.Write(p.ctx, websocket.MessageBinary, b)
 }
+
+func (p *peer) protobuf() bool { return p.ws.Subprotocol() == Protobuf.subprotocol() }
 
 func (p *peer) hello() { p.helloEvery(30_000) }
 
@@ -112,11 +138,21 @@ func (p *peer) helloEvery(heartbeatMs int) {
 
 // next is the client's next frame; false when the connection has ended.
 func (p *peer) next() (frame, bool) {
-	_, b, err := p.ws.Read(p.ctx)
+	kind, b, err := p.ws.Read(p.ctx)
 	if err != nil {
 		return frame{}, false
 	}
+	if p.protobuf() != (kind == websocket.MessageBinary) {
+		panic("a message of the wrong kind")
+	}
 	var f frame
+	if p.protobuf() {
+		var c clientpb.ClientFrame
+		if err := proto.Unmarshal(b, &c); err != nil {
+			panic(err)
+		}
+		return frame{Type: c.Type, MessageID: c.MessageId, Data: c.Data, Timestamp: c.Timestamp}, true
+	}
 	if err := json.Unmarshal(b, &f); err != nil {
 		panic(err)
 	}
@@ -152,7 +188,14 @@ type running struct {
 	states chan State // those of Run so far; the test must not make more than fit
 }
 
-func token(context.Context) (string, error) { return "t", nil }
+func token(context.Context, TokenReason) (string, error) { return "t", nil }
+
+// formats runs a test in each format.
+func formats(t *testing.T, f func(t *testing.T, format Format)) {
+	for _, format := range []Format{JSON, Protobuf} {
+		t.Run(format.subprotocol(), func(t *testing.T) { f(t, format) })
+	}
+}
 
 func start(t *testing.T, o Options) *running {
 	t.Helper()

@@ -6,8 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"slices"
-	"strconv"
 	"sync"
 	"time"
 	"unicode/utf8"
@@ -54,7 +54,7 @@ type Pending struct {
 	retryAt time.Time
 }
 
-func newPending(e Envelope) (*Pending, error) {
+func newPending(e Envelope, format Format) (*Pending, error) {
 	if e.ID == "" {
 		e.ID = ulid.Make().String()
 	}
@@ -71,22 +71,13 @@ func newPending(e Envelope) (*Pending, error) {
 	if !json.Valid(e.Data) {
 		return nil, errors.New("client: data is not valid JSON")
 	}
-	kind, err := json.Marshal(e.Type)
-	if err != nil {
-		return nil, fmt.Errorf("client: type: %w", err)
+	if !utf8.ValidString(e.Type) {
+		return nil, errors.New("client: the type is not valid UTF-8")
 	}
-	id, err := json.Marshal(e.ID)
+	b, err := format.encode(e.Type, e.ID, e.Data, time.Now().UnixMilli())
 	if err != nil {
-		return nil, fmt.Errorf("client: id: %w", err)
+		return nil, err
 	}
-	// By hand: json.Marshal would rewrite the data.
-	b := make([]byte, 0, len(kind)+len(id)+len(e.Data)+64)
-	b = append(append(b, `{"type":`...), kind...)
-	b = append(append(b, `,"message_id":`...), id...)
-	b = append(b, `,"timestamp":`...)
-	b = strconv.AppendInt(b, time.Now().UnixMilli(), 10)
-	b = append(append(b, `,"data":`...), e.Data...)
-	b = append(b, '}')
 	return &Pending{Envelope: e, frame: b, done: make(chan struct{})}, nil
 }
 
@@ -212,13 +203,14 @@ func (o *outbox) restart() {
 	o.outstanding = 0
 }
 
-// answer takes a message-ack. One for an unknown id is a late or a second answer: nothing to do.
-func (o *outbox) answer(a ack) {
+// answer takes a message-ack and tells whether it settles a message as stored. One for an unknown id is a late
+// or a second answer: nothing to do.
+func (o *outbox) answer(a ack) (stored bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	p := o.byID[a.ClientMsgID]
 	if p == nil {
-		return
+		return false
 	}
 	if a.Status == "success" {
 		r := Receipt{MessageID: a.MessageID, Topic: a.Topic, Partition: a.Partition, Offset: -1}
@@ -227,22 +219,26 @@ func (o *outbox) answer(a ack) {
 		}
 		o.retry.Reset()
 		o.settle(p, r, nil)
-		return
+		return true
 	}
 	if !p.sent {
-		return
+		return false // it is on its way again
 	}
-	var after time.Duration
+	after := hint(a.RetryAfterMs)
 	switch a.Code {
 	case "OUTCOME_UNKNOWN":
-		after = unknownWait
-	case "OVERLOADED", "BROKER_UNAVAILABLE", "RATE_LIMITED", "AUTH_FAILED", "TOKEN_EXPIRED":
-		if after = hint(a.RetryAfterMs); after == 0 {
-			after = o.retry.NextBackOff()
+		if after == 0 {
+			after = unknownWait
 		}
+	case "OVERLOADED", "BROKER_UNAVAILABLE", "RATE_LIMITED", "AUTH_FAILED", "TOKEN_EXPIRED":
 	default:
 		o.settle(p, Receipt{}, &RefusedError{ID: p.Envelope.ID, Code: a.Code})
-		return
+		return false
+	}
+	if after > 0 {
+		after += rand.N(after/5 + 1) // #nosec G404 -- spreads load
+	} else {
+		after = o.retry.NextBackOff()
 	}
 	p.sent, p.retryAt = false, time.Now().Add(after)
 	o.outstanding--
@@ -251,6 +247,7 @@ func (o *outbox) answer(a ack) {
 		o.refused++
 	}
 	o.signal()
+	return false
 }
 
 // next is the frame to send now, or nil and how long to wait unless woken. It fails with

@@ -97,7 +97,9 @@ func TestOutcomeUnknownIsSentAgain(t *testing.T) {
 }
 
 // Whatever is refused or cut, the order of acceptance is that of Send.
-func TestOrderUnderRefusals(t *testing.T) {
+func TestOrderUnderRefusals(t *testing.T) { formats(t, orderUnderRefusals) }
+
+func orderUnderRefusals(t *testing.T, format Format) {
 	const messages = 300
 	codes := []string{"OVERLOADED", "BROKER_UNAVAILABLE", "RATE_LIMITED"}
 	r := rand.New(rand.NewPCG(1, 2))
@@ -132,7 +134,7 @@ func TestOrderUnderRefusals(t *testing.T) {
 			}
 		}
 	})
-	c := start(t, Options{URLs: []string{g.url()}})
+	c := start(t, Options{URLs: []string{g.url()}, Format: format})
 	stored(t, c.send(t, ids(1, messages)...))
 	c.stop()
 	c.ended(t)

@@ -11,7 +11,9 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
+	"net/url"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -51,6 +53,8 @@ type session struct {
 	id       string
 	degraded bool
 	maxBytes int
+	expires  time.Time     // of the token it began with; zero: not known
+	stored   atomic.Bool   // a message was
 	silence  time.Duration // bound of it
 
 	ctx   context.Context // ends when the session should; its cause says why
@@ -73,30 +77,58 @@ type refreshReply struct {
 type inbound struct {
 	s        *session
 	m        Message
-	delivery int64
+	delivery uint64
 }
 
-// connect makes a connection and waits for its connected frame.
-func (c *Client) connect(ctx context.Context, url string) (*session, error) {
-	token, err := c.opts.Token(ctx)
+// connect makes a connection and waits for its connected frame. It returns the token that it used, if it got
+// so far.
+func (c *Client) connect(ctx context.Context, address string, refused *refusal) (*session, string, error) {
+	token, err := c.tokenToConnect(ctx, refused)
 	if err != nil {
-		return nil, fmt.Errorf("client: token: %w", err)
+		return nil, "", err
 	}
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
+	s, err := c.dial(ctx, address, token)
+	if err != nil {
+		return nil, token, err
+	}
+	refused.token = ""
+	return s, token, nil
+}
 
-	s := &session{c: c, start: time.Now()}
+func (c *Client) dial(ctx context.Context, address, token string) (*session, error) {
+	s := &session{c: c, start: time.Now(), expires: expiry(token)}
 	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(i httptrace.GotConnInfo) { s.raw = i.Conn },
 	})
-	ws, resp, err := websocket.Dial(traced, url, &websocket.DialOptions{
+	o := &websocket.DialOptions{
 		HTTPClient:     c.http,
-		HTTPHeader:     http.Header{"Authorization": {"Bearer " + token}},
-		Subprotocols:   []string{subprotocol},
+		Subprotocols:   []string{c.opts.Format.subprotocol()},
 		OnPingReceived: func(context.Context, []byte) bool { s.hear(); return true },
-	})
+	}
+	switch c.opts.TokenIn {
+	case InHeader:
+		o.HTTPHeader = http.Header{"Authorization": {"Bearer " + token}}
+	case InSubprotocol:
+		o.Subprotocols = append(o.Subprotocols, "bearer."+token)
+	case InQuery:
+		u, err := url.Parse(address)
+		if err != nil {
+			return nil, fmt.Errorf("client: connect: %w", err) // New has parsed it
+		}
+		q := u.Query()
+		q.Set("token", token)
+		u.RawQuery = q.Encode()
+		address = u.String()
+	}
+	ws, resp, err := websocket.Dial(traced, address, o)
 	if err != nil {
-		return nil, dialError(resp, err)
+		return nil, dialError(resp, err, token)
+	}
+	if got := ws.Subprotocol(); got != c.opts.Format.subprotocol() {
+		_ = ws.CloseNow() // nothing was said
+		return nil, fmt.Errorf("client: the gateway speaks %q, not %s", got, c.opts.Format.subprotocol())
 	}
 	ws.SetReadLimit(readLimit)
 	s.ws = ws
@@ -109,7 +141,11 @@ func (c *Client) connect(ctx context.Context, url string) (*session, error) {
 	return s, nil
 }
 
-func dialError(resp *http.Response, err error) error {
+func dialError(resp *http.Response, err error, token string) error {
+	// An address with the token in it is quoted.
+	if text := strings.NewReplacer(token, "[token]", url.QueryEscape(token), "[token]").Replace(err.Error()); text != err.Error() {
+		err = errors.New(text)
+	}
 	if resp == nil {
 		return fmt.Errorf("client: connect: %w", err)
 	}
@@ -175,14 +211,10 @@ func (s *session) read(ctx context.Context) (frame, error) {
 		if _, err := buf.ReadFrom(hearing{s, r}); err != nil {
 			return frame{}, fmt.Errorf("client: read: %w", err)
 		}
-		var f frame
-		if kind != websocket.MessageText {
+		if kind != s.c.opts.Format.kind() {
 			continue // not of this subprotocol
 		}
-		if err := json.Unmarshal(buf.Bytes(), &f); err != nil {
-			return frame{}, fmt.Errorf("client: a frame that is no envelope: %w", err)
-		}
-		return f, nil
+		return s.c.opts.Format.decode(buf.Bytes())
 	}
 }
 
@@ -219,6 +251,7 @@ func (s *session) run(ctx context.Context) error {
 	wg.Go(func() { s.end(s.receive()) })
 	wg.Go(s.send)
 	wg.Go(s.watch)
+	wg.Go(s.renew)
 	<-s.ctx.Done()
 
 	err := context.Cause(s.ctx)
@@ -254,7 +287,9 @@ func (s *session) take(f frame) error {
 		if err := json.Unmarshal(f.Data, &a); err != nil {
 			return fmt.Errorf("client: message-ack: %w", err)
 		}
-		s.c.outbox.answer(a)
+		if s.c.outbox.answer(a) {
+			s.stored.Store(true)
+		}
 	case typeReconnect:
 		var d struct {
 			RetryAfterMs int64 `json:"retry_after_ms"`
@@ -284,9 +319,7 @@ func (s *session) take(f frame) error {
 		if d.Code == "AUTH_FAILED" || d.Code == "TOKEN_EXPIRED" {
 			s.reply(refreshReply{err: &RefusedError{ID: typeRefresh, Code: d.Code}})
 		}
-		if s.c.opts.OnError != nil {
-			s.c.opts.OnError(d.Code, d.Message)
-		}
+		s.c.report(d.Code, d.Message)
 	case typeConnected, typePong:
 	default:
 		s.deliver(f)
@@ -296,7 +329,7 @@ func (s *session) take(f frame) error {
 
 // deliver queues a message for Handle and waits for room.
 func (s *session) deliver(f frame) {
-	in := inbound{s: s, m: Message{Type: f.Type, ID: f.MessageID, Data: f.Data}, delivery: f.DeliveryID}
+	in := inbound{s: s, m: Message{Type: f.Type, ID: f.MessageID, Data: f.Data, Time: time.UnixMilli(f.Timestamp)}, delivery: f.DeliveryID}
 	select {
 	case s.c.inbox <- in:
 		return
@@ -310,15 +343,24 @@ func (s *session) deliver(f frame) {
 	s.hear()
 }
 
-func (s *session) write(b []byte) error { return s.ws.Write(s.io, websocket.MessageText, b) }
+func (s *session) write(b []byte) error { return s.ws.Write(s.io, s.c.opts.Format.kind(), b) }
+
+// say writes a frame of the client's own.
+func (s *session) say(kind string, data []byte) error {
+	b, err := s.c.opts.Format.encode(kind, "", data, 0)
+	if err != nil {
+		return err
+	}
+	return s.write(b)
+}
 
 // acknowledge settles a delivery and those before it. After the session it does nothing: ids count
 // per session.
-func (s *session) acknowledge(delivery int64) {
+func (s *session) acknowledge(delivery uint64) {
 	if s.ctx.Err() != nil {
 		return
 	}
-	if err := s.write(fmt.Appendf(nil, `{"type":%q,"data":{"delivery_id":%d}}`, typeDeliveryAck, delivery)); err != nil {
+	if err := s.say(typeDeliveryAck, fmt.Appendf(nil, `{"delivery_id":%d}`, delivery)); err != nil {
 		s.failWrite(err)
 	}
 }
@@ -399,7 +441,7 @@ func (s *session) untilLeave() time.Duration {
 
 // refresh gives the gateway a token and waits for its answer. One call at a time.
 func (s *session) refresh(ctx context.Context, token string) (time.Time, error) {
-	b, err := json.Marshal(map[string]any{"type": typeRefresh, "data": map[string]string{"token": token}})
+	data, err := json.Marshal(map[string]string{"token": token})
 	if err != nil {
 		return time.Time{}, fmt.Errorf("client: token: %w", err)
 	}
@@ -412,7 +454,7 @@ func (s *session) refresh(ctx context.Context, token string) (time.Time, error) 
 		s.refreshed = nil
 		s.mu.Unlock()
 	}()
-	if err := s.write(b); err != nil {
+	if err := s.say(typeRefresh, data); err != nil {
 		return time.Time{}, fmt.Errorf("%w: %w", ErrNotConnected, err)
 	}
 	select {

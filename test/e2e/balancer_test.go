@@ -187,8 +187,10 @@ func (lb *balancer) join(from string) *member {
 	m := &member{name: user("member"), handled: map[string]int{}}
 	var err error
 	m.Client, err = imclient.New(imclient.Options{
-		URLs:       []string{lb.url("ws", "/ws")},
-		Token:      func(context.Context) (string, error) { return token(lb.t, m.name, time.Hour), nil },
+		URLs: []string{lb.url("ws", "/ws")},
+		Token: func(context.Context, imclient.TokenReason) (string, error) {
+			return token(lb.t, m.name, time.Hour), nil
+		},
 		HTTPClient: lb.http(from), AckDeliveries: true, Outbox: 1000,
 		Handle: func(f imclient.Message) {
 			m.mu.Lock()

@@ -25,7 +25,7 @@ func TestClientLibraryMovesBetweenGateways(t *testing.T) {
 	handled := map[string]int{}
 	c, err := imclient.New(imclient.Options{
 		URLs:  []string{"ws://" + a.addr + "/ws", "ws://" + b.addr + "/ws"},
-		Token: func(context.Context) (string, error) { return token(t, name, time.Hour), nil },
+		Token: func(context.Context, imclient.TokenReason) (string, error) { return token(t, name, time.Hour), nil },
 		Handle: func(m imclient.Message) {
 			mu.Lock()
 			defer mu.Unlock()

@@ -252,7 +252,10 @@ func TestReloadsUnderLoad(t *testing.T) {
 		names[i] = user("busy")
 		c, err := imclient.New(imclient.Options{
 			URLs: []string{"ws://" + g.addr + "/ws"}, Outbox: messages,
-			Token:  func(context.Context) (string, error) { connects[i]++; return token(t, names[i], time.Hour), nil },
+			Token: func(context.Context, imclient.TokenReason) (string, error) {
+				connects[i]++
+				return token(t, names[i], time.Hour), nil
+			},
 			Handle: func(imclient.Message) {},
 		})
 		if err != nil {
