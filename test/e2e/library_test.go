@@ -31,7 +31,7 @@ func TestClientLibraryMovesBetweenGateways(t *testing.T) {
 			defer mu.Unlock()
 			handled[m.ID]++
 		},
-		AckDeliveries: true, Outbox: 2000,
+		Format: imclient.Protobuf, AckDeliveries: true, Outbox: 2000,
 	})
 	if err != nil {
 		t.Fatal(err)
