@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -99,9 +100,29 @@ func (l promLog) Println(v ...any) { l.logger.Warn().Msg(fmt.Sprint(v...)) }
 
 const adminStop = time.Second
 
+// loopbackOnly answers requests that name a loopback host. A page of the web could have its own name point to
+// this machine once it is loaded, and have the browser of who works here read the port for it (DNS rebinding).
+func loopbackOnly(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		host := r.Host
+		if name, _, err := net.SplitHostPort(host); err == nil {
+			host = name
+		}
+		host = strings.Trim(host, "[]")
+		if ip := net.ParseIP(host); !strings.EqualFold(host, "localhost") && (ip == nil || !ip.IsLoopback()) {
+			writeAdmin(w, http.StatusMisdirectedRequest, map[string]any{"error": "this port is for this machine: address it as localhost or 127.0.0.1"})
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
 // ServeAdmin serves the operators' port on ln, which it closes, until ctx ends. It is the last to
 // stop, so that a drain can be watched.
 func ServeAdmin(ctx context.Context, ln net.Listener, h http.Handler) error {
+	if a, ok := ln.Addr().(*net.TCPAddr); ok && a.IP.IsLoopback() {
+		h = loopbackOnly(h)
+	}
 	server := &http.Server{
 		Handler:           h,
 		ReadHeaderTimeout: 10 * time.Second, // a TLS handshake's time, too

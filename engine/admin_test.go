@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 
@@ -43,6 +44,22 @@ func TestReadiness(t *testing.T) {
 	}
 }
 
+// The port of a machine's own answers nobody who calls it by another name: DNS rebinding.
+func TestAdminOfThisMachine(t *testing.T) {
+	h := loopbackOnly(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusOK) }))
+	for host, want := range map[string]int{
+		"127.0.0.1:8081": 200, "127.9.9.9": 200, "localhost:8081": 200, "LOCALHOST": 200, "[::1]:8081": 200, "[::1]": 200,
+		"evil.example:8081": 421, "localhost.evil.example": 421, "127.0.0.1.evil.example:8081": 421, "10.0.0.1:8081": 421, "": 421, "[::2]:1": 421,
+	} {
+		r := httptest.NewRequest(http.MethodGet, "/metrics", nil)
+		r.Host = host
+		w := httptest.NewRecorder()
+		if h.ServeHTTP(w, r); w.Code != want {
+			t.Errorf("%q: %d, want %d", host, w.Code, want)
+		}
+	}
+}
+
 func TestAdmin(t *testing.T) {
 	ready := NewReadiness("kafka")
 	ready.Waiting("kafka", "connection refused")
@@ -61,6 +78,14 @@ func TestAdmin(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- ServeAdmin(ctx, ln, h) }()
 	client := &http.Client{}
+	named, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+ln.Addr().String()+"/healthz", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	named.Host = "evil.example"
+	if r, err := client.Do(named); err != nil || r.StatusCode != http.StatusMisdirectedRequest || r.Body.Close() != nil {
+		t.Fatalf("by another name: %v, %v", r, err)
+	}
 	get := func(path string) (int, string) {
 		r, err := client.Get("http://" + ln.Addr().String() + path)
 		if err != nil {
