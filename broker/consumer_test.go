@@ -160,6 +160,13 @@ func TestConsumerCommitsBehindTheLastEnd(t *testing.T) {
 	write(t, c.ListenAddrs(), downTopic, "alice", message("m0", "alice"), "", message("m1", "bob"),
 		"", `{"target_user_ids":["alice","bob","carol"],"message_id":"m2","data":1}`)
 	waitFor(t, "five deliveries", func() bool { return d.count() == 5 })
+	d.mu.Lock()
+	for _, v := range d.held { // deliveries are timed from here
+		if age := time.Since(time.UnixMilli(v.Record.Stored)); age < -time.Minute || age > testTimeout {
+			t.Errorf("%s was stored %s ago", v.Record.MessageID, age)
+		}
+	}
+	d.mu.Unlock()
 
 	d.end(t, "m1/bob", codec.EndDelivered)
 	d.end(t, "m2/alice", codec.EndDelivered)

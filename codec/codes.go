@@ -23,8 +23,8 @@ var Codes = [...]Code{OK, InvalidMessage, MessageTooLarge, RateLimited, Overload
 
 // Number is the code's place in Codes.
 func (c Code) Number() uint8 {
-	for i, known := range Codes {
-		if c == known {
+	for i := range Codes {
+		if c == Codes[i] {
 			return uint8(i)
 		}
 	}
