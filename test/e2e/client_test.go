@@ -177,7 +177,11 @@ func (c *client) closed() websocket.StatusCode {
 	c.t.Helper()
 	for {
 		if _, err := c.next(); err != nil {
-			return websocket.CloseStatus(err)
+			code := websocket.CloseStatus(err)
+			if err := env.spec.closedWith(int(code)); err != nil {
+				c.t.Error(err)
+			}
+			return code
 		}
 	}
 }

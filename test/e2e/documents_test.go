@@ -38,6 +38,7 @@ type specification struct {
 	record   *jsonschema.Schema             // any downstream record
 	query    *jsonschema.Schema
 	answers  map[string]*jsonschema.Schema // of the HTTP API, by method, path and status
+	closes   map[int]bool                  // the close codes
 
 	mu       sync.Mutex
 	seen     map[string]bool // channel/name, and channel/name field of what the gateways sent
@@ -100,7 +101,8 @@ func loadSpecification() (*specification, error) {
 	}
 	var doc struct {
 		Channels map[string]struct {
-			Messages map[string]struct {
+			CloseCodes []struct{ Code int } `json:"x-close-codes"`
+			Messages   map[string]struct {
 				Ref              string `json:"$ref"` // to one of another channel
 				Headers, Payload part
 			}
@@ -109,7 +111,7 @@ func loadSpecification() (*specification, error) {
 	if err := json.Unmarshal(text, &doc); err != nil {
 		return nil, fmt.Errorf("asyncapi.json: %w", err)
 	}
-	s := &specification{messages: map[string]map[string]*message{}, seen: map[string]bool{}, fields: map[string]bool{}, exempted: map[string]bool{}}
+	s := &specification{messages: map[string]map[string]*message{}, seen: map[string]bool{}, fields: map[string]bool{}, exempted: map[string]bool{}, closes: map[int]bool{}}
 	strict := jsonschema.NewCompiler()
 	strict.UseLoader(loader{strict: true})
 	compile := func(p part, where string) (*jsonschema.Schema, error) {
@@ -126,6 +128,9 @@ func loadSpecification() (*specification, error) {
 		return strict.Compile(base + p.Schema.Ref)
 	}
 	for channel, c := range doc.Channels {
+		for _, known := range c.CloseCodes {
+			s.closes[known.Code] = true
+		}
 		s.messages[channel] = map[string]*message{}
 		for name, m := range c.Messages {
 			var compiled message
@@ -291,17 +296,29 @@ func (s *specification) fromServer(channel string, b []byte) error {
 	return nil
 }
 
+// closedWith checks a close code; -1: there was none.
+func (s *specification) closedWith(code int) error {
+	if code > 0 && !s.closes[code] {
+		return fmt.Errorf("the close code %d is not described", code)
+	}
+	return nil
+}
+
 // streamClosed checks the data of the event close.
 func (s *specification) streamClosed(b []byte) error {
 	v, err := jsonschema.UnmarshalJSON(bytes.NewReader(b))
 	if err == nil {
 		err = s.messages["events"]["close"].payload.Validate(v)
 	}
+	var d closedBy
+	if err == nil {
+		err = json.Unmarshal(b, &d)
+	}
 	if err != nil {
 		return fmt.Errorf("close event %.300s: %w", b, err)
 	}
 	s.saw("events/close", v)
-	return nil
+	return s.closedWith(d.Code)
 }
 
 // fromServerProto checks a frame of im.proto.v1 as the JSON object that it stands for.
