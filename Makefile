@@ -10,9 +10,9 @@ help: ## list the targets
 build: ## build bin/im-gateway, bin/im-dev and bin/im-bench
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/im-gateway ./cmd/im-dev ./cmd/im-bench
 
-run: ## the whole system in one process, with a demo page
+run: ## the whole system in one process, with a demo page; RUN_ARGS='-http :8080', see bin/im-dev -h
 	@CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/im-dev
-	@exec bin/im-dev
+	@exec bin/im-dev $(RUN_ARGS)
 
 test: lint test-unit test-specs test-schema test-js test-real test-chaos test-abuse test-deploy ## everything: lint, unit tests with -race, end to end on real servers, the documents and their linters, the HTTP API by its document, the JavaScript client, faults, abuse, what deploy/ ships
 

@@ -10,6 +10,8 @@
 //	sh until="TEXT"  run again until it prints that, for up to a minute
 //	sh not-run       not run, as it needs what is not at hand; the document must say so, and it is counted
 //	text output      printed by the block before it: each line must occur there, in this order; … stands for anything
+//	text output background
+//	                 the same, of what was started last: within a minute
 //
 // Each document has a clone of the repository of its own as its directory, and, where the process may
 // make one (root on Linux), a network of its own, so that default ports are free.
@@ -33,6 +35,7 @@ const (
 	background
 	notRun
 	output
+	outputLater
 )
 
 // block is one fenced block.
@@ -101,6 +104,8 @@ func parseInfo(info string) (m mode, until string, err error) {
 		return notRun, "", nil
 	case "text output":
 		return output, "", nil
+	case "text output background":
+		return outputLater, "", nil
 	}
 	if strings.HasPrefix(info, "sh") || until != "" {
 		return ignored, "", fmt.Errorf("what is a block of %q?", info)

@@ -15,8 +15,12 @@ import (
 	"time"
 )
 
-// patience is how long a block may take; what it builds has been built before, mostly.
-const patience = 5 * time.Minute
+const (
+	// patience is how long a block may take; what it builds has been built before, mostly.
+	patience = 5 * time.Minute
+	// soon is how long something that others bring about may take.
+	soon = time.Minute
+)
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -63,6 +67,8 @@ func try(ctx context.Context, path string) (err error) {
 			if err = matches(last, b.text); err != nil {
 				err = fmt.Errorf("%w\nit printed:\n%s", err, last)
 			}
+		case outputLater:
+			err = s.printsLater(b)
 		case notRun, ignored:
 		}
 		if err != nil {
@@ -72,7 +78,7 @@ func try(ctx context.Context, path string) (err error) {
 			fmt.Printf("%s:%d: ok, %s\n", path, b.line, time.Since(began).Round(100*time.Millisecond))
 		}
 	}
-	fmt.Printf("%s: %d blocks run, %d outputs compared, %d not run\n", path, count[run]+count[background], count[output], count[notRun])
+	fmt.Printf("%s: %d blocks run, %d outputs compared, %d not run\n", path, count[run]+count[background], count[output]+count[outputLater], count[notRun])
 	return nil
 }
 
@@ -107,7 +113,7 @@ type session struct {
 
 	holder  *exec.Cmd // keeps the network
 	started []*exec.Cmd
-	n       int
+	printed *printer // by what was started last
 }
 
 // begin makes the network.
@@ -164,7 +170,7 @@ func (s *session) shell(ctx context.Context, text string) *exec.Cmd {
 func (s *session) run(ctx context.Context, b block) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
-	end := time.Now().Add(time.Minute)
+	end := time.Now().Add(soon)
 	for {
 		out, err := s.shell(ctx, b.text).CombinedOutput()
 		printed := string(out)
@@ -200,13 +206,13 @@ func (p *printer) String() string {
 
 // start starts a block that runs on, and returns what it had printed when it was ready.
 func (s *session) start(ctx context.Context, b block) (string, error) {
-	var out printer
+	out := new(printer)
 	cmd := s.shell(ctx, b.text)
-	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.Stdout, cmd.Stderr = out, out
 	if err := cmd.Start(); err != nil {
 		return "", fmt.Errorf("start: %w", err)
 	}
-	s.started = append(s.started, cmd)
+	s.started, s.printed = append(s.started, cmd), out
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	late := time.After(patience)
@@ -220,6 +226,23 @@ func (s *session) start(ctx context.Context, b block) (string, error) {
 		}
 	}
 	return out.String(), nil
+}
+
+// printsLater waits until what was started last has printed a block.
+func (s *session) printsLater(b block) error {
+	if s.printed == nil {
+		return errors.New("nothing was started that could have printed this")
+	}
+	for end := time.Now().Add(soon); ; time.Sleep(100 * time.Millisecond) {
+		printed := s.printed.String()
+		err := matches(printed, b.text)
+		if err == nil {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("%w\nit printed:\n%s", err, printed)
+		}
+	}
 }
 
 // stop ends what was started, as Ctrl-C does, then for good.

@@ -27,6 +27,9 @@ func TestTry(t *testing.T) {
 		"a clone":                       {"'''sh\ntest -f go.mod\n'''\n", ""},
 		"background": {"'''sh background until=\"ready\"\nsleep 0.2; echo ready; exec sleep 100\n'''\n'''text output\nready\n'''\n" +
 			"'''sh until=\"4\"\necho x >>n; wc -l n\n'''\n", ""},
+		"background that prints later": {"'''sh background until=\"ready\"\necho ready; until [ -f go ]; do sleep 0.1; done; echo later; exec sleep 100\n'''\n" +
+			"'''sh\ntouch go\n'''\n'''text output background\nready\nlater\n'''\n", ""},
+		"nothing in the background":   {"'''sh\necho a\n'''\n'''text output background\na\n'''\n", "nothing was started"},
 		"a failing command":           {"'''sh\necho before\nfalse\necho behind\n'''\n", "x.md:1"},
 		"in a pipe":                   {"'''sh\nfalse | cat\n'''\n", "x.md:1"},
 		"other output":                {"'''sh\necho a\n'''\n\n'''text output\nb\n'''\n", "x.md:5: it did not print: b"},
