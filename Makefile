@@ -14,7 +14,7 @@ run: ## the whole system in one process, with a demo page; RUN_ARGS='-http :8080
 	@CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/im-dev
 	@exec bin/im-dev $(RUN_ARGS)
 
-test: lint test-unit test-specs test-schema test-js test-real test-chaos test-abuse test-deploy ## everything: lint, unit tests with -race, end to end on real servers, the documents and their linters, the HTTP API by its document, the JavaScript client, faults, abuse, what deploy/ ships
+test: lint test-unit test-specs test-schema test-js test-real test-chaos test-abuse test-deploy ## everything: lint, unit tests with -race, end to end on real servers, the documents and their linters, the HTTP API by its document, the JavaScript client, faults, abuse, what deploy/ ships, what docs/ says
 
 test-fast: ## unit tests and end to end on embedded servers; needs only Go
 	$(GO) test ./bench/... ./broker/... ./cmd/... ./codec ./engine/... ./registry/... ./shard/... ./transport/...
@@ -62,6 +62,11 @@ chaos: ## break every part under traffic and judge what became of each message; 
 
 test-abuse:
 	$(GO) run ./test/abuse -short
+
+test-docs: build ## links of all documents, and the commands of the tutorial and the how-to guides, run as a reader would; needs kcat, jq, redis, etcd, java, maven, iproute2, lsof and root
+	$(GO) test -race -timeout $(TIMEOUT) ./test/docs
+	test -d .cache/kafka-* || $(GO) run ./test/servers/cmd/withkafka true
+	$(GO) run ./test/docs docs/tutorial.md docs/howto/*.md
 
 abuse: ## abuse a gateway beside well-behaved users and write what each abuse met; needs kafka, etcd, redis and root, takes about 12 minutes
 	$(GO) run ./test/abuse -out docs/abuse $(ABUSE_ARGS)

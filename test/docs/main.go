@@ -48,6 +48,9 @@ func try(ctx context.Context, path string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(filepath.Dir(dir))) }()
+	if err := takeAlong(dir); err != nil {
+		return errors.Join(err, os.RemoveAll(filepath.Dir(dir)))
+	}
 	s := &session{path: path, dir: dir, wrap: ownNetwork(ctx)}
 	defer s.stop()
 	if err := s.begin(ctx); err != nil {
@@ -93,6 +96,20 @@ func clone(ctx context.Context) (string, error) {
 		return "", errors.Join(fmt.Errorf("clone the repository: %w: %s", err, out), os.RemoveAll(parent))
 	}
 	return dir, nil
+}
+
+// takeAlong links into a clone what git does not hold but building and fetching leave, as in the directory of
+// somebody who has done so before: programs that need no linking again, and Kafka's jars.
+func takeAlong(clone string) error {
+	for _, name := range []string{"bin", ".cache"} {
+		if _, err := os.Stat(name); err != nil {
+			continue // not built, or not fetched, yet
+		}
+		if out, err := exec.Command("cp", "-a", name, filepath.Join(clone, name)).CombinedOutput(); err != nil {
+			return fmt.Errorf("take %s along: %w: %s", name, err, out)
+		}
+	}
+	return nil
 }
 
 // ownNetwork returns the command that gives another one a network of its own, with loopback alone; none where
@@ -160,6 +177,7 @@ func (s *session) shell(ctx context.Context, text string) *exec.Cmd {
 	args := append(append([]string(nil), s.wrap...), "bash", "-c", script)
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Dir = s.dir
+	cmd.Env = append(os.Environ(), "GOFLAGS=-trimpath") // what was built in one clone counts for all
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
@@ -209,6 +227,9 @@ func (s *session) start(ctx context.Context, b block) (string, error) {
 	out := new(printer)
 	cmd := s.shell(ctx, b.text)
 	cmd.Stdout, cmd.Stderr = out, out
+	if _, err := cmd.StdinPipe(); err != nil { // as a terminal's, it does not end
+		return "", fmt.Errorf("start: %w", err)
+	}
 	if err := cmd.Start(); err != nil {
 		return "", fmt.Errorf("start: %w", err)
 	}

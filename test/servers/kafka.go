@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"time"
 
@@ -39,12 +38,11 @@ func portOf(addr string) string {
 // they are not there.
 func Jars(ctx context.Context) (string, error) {
 	java, maven := program{"java", "openjdk-17-jre-headless"}, program{"mvn", "maven"}
-	_, file, _, ok := runtime.Caller(0)
-	if !ok {
-		return "", errors.New("fetch Kafka: where is the source?")
+	root, err := repository()
+	if err != nil {
+		return "", fmt.Errorf("fetch Kafka: %w", err)
 	}
-	here := filepath.Dir(file)
-	libs := filepath.Join(here, "..", "..", ".cache", "kafka-"+kafkaVersion, "libs")
+	libs := filepath.Join(root, ".cache", "kafka-"+kafkaVersion, "libs")
 	if _, err := os.Stat(libs); err == nil {
 		return libs, need(java)
 	}
@@ -60,7 +58,7 @@ func Jars(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("fetch Kafka: %w", err)
 	}
-	out, err := exec.CommandContext(ctx, "mvn", "-q", "-B", "-f", filepath.Join(here, "kafka", "pom.xml"),
+	out, err := exec.CommandContext(ctx, "mvn", "-q", "-B", "-f", filepath.Join(root, pom),
 		"dependency:copy-dependencies", "-DoutputDirectory="+tmp, "-DincludeScope=runtime").CombinedOutput()
 	if err != nil {
 		return "", errors.Join(fmt.Errorf("fetch Kafka with Maven: %w\n%s", err, out), os.RemoveAll(tmp))
@@ -72,6 +70,25 @@ func Jars(ctx context.Context) (string, error) {
 		return libs, os.RemoveAll(tmp) // another process was faster
 	}
 	return libs, nil
+}
+
+// pom names what Maven fetches.
+const pom = "test/servers/kafka/pom.xml"
+
+// repository returns the directory of the repository, this one or one above.
+func repository() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", fmt.Errorf("where am I: %w", err)
+	}
+	for ; ; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, pom)); err == nil {
+			return dir, nil
+		}
+		if dir == filepath.Dir(dir) {
+			return "", errors.New("not in a clone of the repository")
+		}
+	}
 }
 
 // StartKafka starts Kafka with its data below dir.

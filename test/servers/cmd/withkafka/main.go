@@ -2,8 +2,9 @@
 //
 //	go run ./test/servers/cmd/withkafka go test -tags realkafka ./broker
 //
-// The command finds the broker, host:port, in IM_TEST_KAFKA, and the directory of Kafka's jars in
-// IM_TEST_KAFKA_LIBS. The exit code is the command's.
+// The command finds the broker, host:port, in IM_TEST_KAFKA, the directory of Kafka's jars in
+// IM_TEST_KAFKA_LIBS, and in IM_TEST_KAFKA_SASL, _USER and _PASSWORD the listener that asks for a login,
+// and one. The exit code is the command's.
 package main
 
 import (
@@ -46,7 +47,8 @@ func run(ctx context.Context, args []string) (code int, err error) {
 	defer k.Kill()
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.Env = append(os.Environ(), "IM_TEST_KAFKA="+k.Broker, "IM_TEST_KAFKA_LIBS="+k.Libs)
+	cmd.Env = append(os.Environ(), "IM_TEST_KAFKA="+k.Broker, "IM_TEST_KAFKA_LIBS="+k.Libs,
+		"IM_TEST_KAFKA_SASL="+k.SASLBroker, "IM_TEST_KAFKA_USER="+k.User, "IM_TEST_KAFKA_PASSWORD="+k.Password)
 	err = cmd.Run()
 	var exit *exec.ExitError
 	switch {
