@@ -135,11 +135,33 @@ func TestLinks(t *testing.T) {
 	}
 }
 
+// Every test that a document names exists.
+func TestNamedTests(t *testing.T) {
+	t.Chdir("../..")
+	there := map[string]bool{}
+	out, err := exec.Command("git", "grep", "-ohE", `^func (Test|Fuzz)[A-Za-z0-9_]+`, "--", "*_test.go").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(out)) {
+		there[strings.TrimPrefix(strings.TrimSpace(line), "func ")] = true
+	}
+	docs, err := exec.Command("git", "grep", "-ohE", `\b(Test|Fuzz)[A-Z][A-Za-z0-9_]+\b`, "--", "*.md").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range strings.FieldsSeq(string(docs)) {
+		if !there[name] {
+			t.Errorf("no test is called %s", name)
+		}
+	}
+}
+
 func TestAnchor(t *testing.T) {
 	for heading, want := range map[string]string{
 		"Guarantees, and what is not guaranteed": "guarantees-and-what-is-not-guaranteed",
-		"HTTP":                 "http",
-		"`ctl`: top -n, a_b 2": "ctl-top--n-a_b-2",
+		"HTTP":                                   "http",
+		"`ctl`: top -n, a_b 2":                   "ctl-top--n-a_b-2",
 	} {
 		doc := "## " + heading + "\n"
 		path := filepath.Join(t.TempDir(), "x.md")
