@@ -29,7 +29,7 @@ func (s *shard) deliver(d codec.Delivery) {
 	s.current, s.handling, s.delivering = 0, d, d
 	rec := d.Record
 	user := rec.Targets[d.Target]
-	if rec.ExpireAt > 0 && rec.ExpireAt+expirySkew < s.now {
+	if rec.ExpireAt > 0 && rec.ExpireAt < s.now-expirySkew {
 		s.end(d, codec.EndExpired)
 		return
 	}

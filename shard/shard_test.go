@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"reflect"
 	"runtime"
@@ -583,5 +584,31 @@ func TestLateClaimIsSuperseded(t *testing.T) {
 	w.until(func() bool { return w.closed[id] == codec.CloseReplaced && len(w.replaced) == 0 })
 	if n := w.operations(Release); n != 0 {
 		t.Errorf("%d releases of an entry that is another's", n)
+	}
+}
+
+// TestExpiry: a record expires 5 s after its time, and one whose time is as late as can be written never does.
+func TestExpiry(t *testing.T) {
+	now := time.UnixMilli(1_760_000_000_000)
+	w := newWorld(t, func(o *Options) { o.Now = func() time.Time { return now } })
+	w.run()
+	w.connected(sessionID(0, 1), "alice")
+	s := newSink()
+	for _, tc := range []struct {
+		at   int64
+		want codec.End
+	}{
+		{0, codec.EndDelivered}, {now.UnixMilli() - expirySkew, codec.EndDelivered}, {math.MaxInt64, codec.EndDelivered},
+		{math.MaxInt64 - expirySkew + 1, codec.EndDelivered}, {now.UnixMilli() - expirySkew - 1, codec.EndExpired}, {1, codec.EndExpired},
+	} {
+		before := s.count(tc.want)
+		d := rec(s, "alice")
+		d.ExpireAt = tc.at
+		all := s.total()
+		w.deliver(d)
+		w.until(func() bool { return s.total() > all })
+		if s.count(tc.want) != before+1 {
+			t.Errorf("expire_at %d: it did not end as %s", tc.at, tc.want)
+		}
 	}
 }
