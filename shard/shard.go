@@ -302,7 +302,7 @@ func (s *shard) onEvent(e *codec.Event) {
 	case codec.EventClose:
 		s.onClose(e)
 	case codec.EventAcked:
-		s.onAcked(e.Session, uint64(e.Value))
+		s.onAcked(e.Session, e.Value)
 	case codec.EventRefresh:
 		s.onRefresh(e.Session, e.Value)
 	}

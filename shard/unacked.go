@@ -39,15 +39,15 @@ func (s *shard) awaitAck(ses *session, d codec.Delivery) []byte {
 	return b.Arena[start:len(b.Arena):len(b.Arena)]
 }
 
-// onAcked settles the deliveries up to id.
-func (s *shard) onAcked(session codec.SessionID, id uint64) {
+// onAcked settles the deliveries up to id, which is the client's: one below 1 names none.
+func (s *shard) onAcked(session codec.SessionID, id int64) {
 	ses := s.lookup(session)
 	if ses == nil || !ses.acks {
 		return
 	}
 	q := s.unacked[refOf(session)]
 	n := 0
-	for n < len(q.list) && q.list[n].id <= id {
+	for n < len(q.list) && int64(q.list[n].id) <= id {
 		n++
 	}
 	s.endUnacked(q, n, codec.EndDelivered)
