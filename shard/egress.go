@@ -244,9 +244,9 @@ func (s *shard) onOutcome(c *codec.Command, written int64) {
 }
 
 // observeDelivery counts how long a record took: from its time in Kafka, Unix ms, to its bytes in the
-// socket, Unix ns. 0: not known.
+// socket, Unix ns. 0: not known. Who produced the record may have set any time: one ahead of ours is now.
 func (s *shard) observeDelivery(stored, written int64) {
-	if stored != 0 && written != 0 {
-		s.deliverTime.Observe(written - stored*int64(time.Millisecond))
+	if stored > 0 && written != 0 {
+		s.deliverTime.Observe(written - min(stored, written/int64(time.Millisecond)+1)*int64(time.Millisecond))
 	}
 }

@@ -93,7 +93,7 @@ func find(ns int64) int {
 type Histogram struct {
 	desc   *prometheus.Desc
 	counts [cells]atomic.Uint64
-	micros atomic.Int64 // the sum of all durations: nanoseconds would overflow within weeks
+	sum    atomic.Uint64 // of all durations: a float64 in seconds, which no clock that is wrong can overflow
 }
 
 // New returns an empty histogram; the caller registers it.
@@ -104,8 +104,8 @@ func New(name, help string) *Histogram {
 // Local is one goroutine's part of a histogram; Histogram.Local makes one.
 type Local struct {
 	of     *Histogram
-	sum    int64 // ns, not added to the histogram yet
-	lo, hi int   // the cells in use are between them
+	sum    float64 // ns, not added to the histogram yet
+	lo, hi int     // the cells in use are between them
 	counts [cells]uint32
 }
 
@@ -117,7 +117,7 @@ func (l *Local) Observe(ns int64) {
 	ns = max(ns, 0)
 	i := find(ns)
 	l.counts[i]++
-	l.sum += ns
+	l.sum += float64(ns)
 	l.lo, l.hi = min(l.lo, i), max(l.hi, i)
 }
 
@@ -138,10 +138,13 @@ func (l *Local) flush() {
 			l.counts[i] = 0
 		}
 	}
-	micros := l.sum / int64(time.Microsecond)
-	l.of.micros.Add(micros)
-	l.sum -= micros * int64(time.Microsecond)
-	l.lo, l.hi = cells, 0
+	for {
+		old := l.of.sum.Load()
+		if l.of.sum.CompareAndSwap(old, math.Float64bits(math.Float64frombits(old)+l.sum/float64(time.Second))) {
+			break
+		}
+	}
+	l.sum, l.lo, l.hi = 0, cells, 0
 }
 
 // Describe implements prometheus.Collector.
@@ -163,7 +166,7 @@ func (h *Histogram) Write(m *dto.Metric) error {
 		byNative[inside[i].native-firstNative] += n
 	}
 	out := &dto.Histogram{
-		SampleSum:     proto.Float64((time.Duration(h.micros.Load()) * time.Microsecond).Seconds()),
+		SampleSum:     proto.Float64(math.Float64frombits(h.sum.Load())),
 		Schema:        proto.Int32(schema),
 		ZeroThreshold: proto.Float64(math.Exp2(firstNative / perOctave)),
 		ZeroCount:     proto.Uint64(byNative[0]),

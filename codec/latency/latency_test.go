@@ -175,6 +175,25 @@ func TestConcurrent(t *testing.T) {
 	}
 }
 
+// TestSumOfWrongClocks: times in seconds that were taken for milliseconds are 55 years back, in every
+// message; the sum, a counter, does not wrap.
+func TestSumOfWrongClocks(t *testing.T) {
+	h := New("x_seconds", "x")
+	l := h.Local()
+	const ns, flushes, each = 1_758_000_000 * int64(time.Second), 100, 100
+	for i := range flushes {
+		for range each {
+			l.Observe(ns)
+		}
+		l.Observe(math.MaxInt64)
+		l.Flush()
+		want := float64(i+1) * (each*float64(ns) + math.MaxInt64) / 1e9
+		if got := written(t, h).GetSampleSum(); math.Abs(got-want) > 1e-9*want {
+			t.Fatalf("the sum is %v, want %v", got, want)
+		}
+	}
+}
+
 func TestAllocations(t *testing.T) {
 	h := New("x_seconds", "x")
 	l := h.Local()
