@@ -97,6 +97,7 @@ func (set *Set) Measure(ctx context.Context, window time.Duration) (Talks, error
 		}
 		all.Window = max(all.Window, ended.Sub(m.began))
 		all.Missed += m.missed
+		all.Users = slices.Grow(all.Users, len(m.users))
 		for _, t := range m.users {
 			all.Users = append(all.Users, *t)
 		}
@@ -104,11 +105,25 @@ func (set *Set) Measure(ctx context.Context, window time.Duration) (Talks, error
 	return all, context.Cause(ctx)
 }
 
-// Top returns the n users for whom the figure is highest, the highest first; none for whom it is 0.
+// Top returns the n users, at least 1, for whom the figure is highest, the highest first; none for whom it
+// is 0. There may be a million users: each is looked at once, and moved only if among the first so far.
 func (t *Talks) Top(n int, figure func(*Talk) int64) []Talk {
-	top := slices.DeleteFunc(slices.Clone(t.Users), func(u Talk) bool { return figure(&u) == 0 })
-	slices.SortFunc(top, func(a, b Talk) int {
-		return cmp.Or(cmp.Compare(figure(&b), figure(&a)), cmp.Compare(a.User, b.User))
-	})
-	return top[:min(n, len(top))]
+	before := func(a, b *Talk) int {
+		return cmp.Or(cmp.Compare(figure(b), figure(a)), cmp.Compare(a.User, b.User))
+	}
+	first := make([]*Talk, 0, min(n, len(t.Users))+1)
+	for i := range t.Users {
+		u := &t.Users[i]
+		if figure(u) == 0 || len(first) == n && before(u, first[n-1]) > 0 {
+			continue
+		}
+		at, _ := slices.BinarySearchFunc(first, u, before)
+		first = slices.Insert(first, at, u)
+		first = first[:min(n, len(first))]
+	}
+	top := make([]Talk, len(first))
+	for i, u := range first {
+		top[i] = *u
+	}
+	return top
 }

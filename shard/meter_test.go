@@ -1,9 +1,12 @@
 package shard
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 
@@ -137,5 +140,28 @@ func TestMeterIsBounded(t *testing.T) {
 	m.received("user0", 1)
 	if len(m.users) != meteredUsers || m.missed != 10 || m.users["user0"].Out != 2 {
 		t.Errorf("%d users, %d missed, %+v", len(m.users), m.missed, m.users["user0"])
+	}
+}
+
+// TestTop holds the short way to the first few against sorting them all, and to its cost: it moves nobody who
+// is not among them.
+func TestTop(t *testing.T) {
+	var all Talks
+	for i := range 1000 {
+		all.Users = append(all.Users, Talk{User: fmt.Sprintf("u%03d", i), In: rand.Int64N(50)})
+	}
+	sorted := slices.DeleteFunc(slices.Clone(all.Users), func(u Talk) bool { return u.In == 0 })
+	slices.SortFunc(sorted, func(a, b Talk) int { return cmp.Or(cmp.Compare(b.In, a.In), cmp.Compare(a.User, b.User)) })
+	for _, n := range []int{1, 10, 100, len(sorted), 2000} {
+		if got := all.Top(n, in); !slices.Equal(got, sorted[:min(n, len(sorted))]) {
+			t.Errorf("the first %d: %v", n, got)
+		}
+	}
+	var none Talks
+	if got := none.Top(10, in); len(got) != 0 {
+		t.Errorf("of nobody: %v", got)
+	}
+	if n := testing.AllocsPerRun(10, func() { all.Top(10, in) }); n > 2 {
+		t.Errorf("%v allocations", n)
 	}
 }
