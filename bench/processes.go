@@ -22,7 +22,7 @@ type Job struct {
 }
 
 // event is what a worker says on its standard output, a line each. A worker that says that it is
-// ready, or at rest, goes on when it is told to, by an empty line.
+// ready, at rest, or has reported, goes on when it is told to, by an empty line.
 type event struct {
 	Phase   string           `json:"phase,omitempty"`
 	Ready   bool             `json:"ready,omitempty"`
@@ -82,7 +82,10 @@ func Work(ctx context.Context, in io.Reader, out io.Writer) error {
 		return err
 	}
 	say(event{Reports: reports})
-	return failed
+	if failed != nil {
+		return failed
+	}
+	return released() // as long as it is watched
 }
 
 // worker is one child process.
@@ -155,6 +158,7 @@ type parent struct {
 	events  chan told
 
 	ready, rested, users   int
+	reported               int
 	measuring, ended, left int
 	up                     []int
 	points                 []*report.Point
@@ -271,6 +275,9 @@ func (p *parent) on(e told) error {
 		}
 	case e.Reports != nil:
 		p.reports[e.n] = e.Reports
+		if p.reported++; p.reported == p.n {
+			return p.release()
+		}
 	case e.Up > 0:
 		p.up[e.n] = e.Up
 		if e.n == 0 && p.h.Connect != nil {

@@ -106,8 +106,7 @@ func TestSettingsOnHandshakes(t *testing.T) {
 		{"no more connections", func(n *Settings) { n.MaxConnections = 1 }, "/ws", good, 503},
 		{"more connections", func(n *Settings) { n.MaxConnections = 100 }, "/ws", good, 101},
 		{"few upgrades a second", func(n *Settings) { n.HandshakesPerSecond = 1 }, "/ws", good, 101},
-		{"and no more", func(*Settings) {}, "/ws", good, 101},
-		{"than that", func(*Settings) {}, "/ws", good, 503},
+		{"and no more than that", func(*Settings) {}, "/ws", good, 503},
 		{"any number of upgrades", func(n *Settings) { n.HandshakesPerSecond = 0 }, "/ws", good, 101},
 		{"proxies count as one", func(n *Settings) { n.ConnectionsPerIP = 1 }, "/ws", good + "X-Forwarded-For: 192.0.2.1\r\n", 101},
 		{"one address", func(*Settings) {}, "/ws", good + "X-Forwarded-For: 192.0.2.2\r\n", 429},
@@ -119,7 +118,11 @@ func TestSettingsOnHandshakes(t *testing.T) {
 		{"without the limit", func(n *Settings) { n.ConnectionsPerIP = 0 }, "/ws", good + "Forwarded: for=192.0.2.3\r\n", 101},
 	} {
 		alter(t, s, step.change)
-		if _, got := upgrade(t, s, step.target, step.more); got != step.want {
+		_, got := upgrade(t, s, step.target, step.more)
+		for tries := 0; got == 101 && step.want == 503 && tries < 50; tries++ { // two at once, and one a second
+			_, got = upgrade(t, s, step.target, step.more)
+		}
+		if got != step.want {
 			t.Errorf("%s: %d, want %d", step.name, got, step.want)
 		}
 	}
