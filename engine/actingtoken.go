@@ -7,6 +7,7 @@ import (
 	"math"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -25,8 +26,7 @@ const (
 // actingToken is admin.token, which those who act have to show, on the admin port and on the gRPC port
 // alike. All methods may be called from any goroutine.
 type actingToken struct {
-	sum                 [sha256.Size]byte
-	configured          bool
+	sum                 tokenSum
 	wrong               *attempts
 	off, missing, other prometheus.Counter
 }
@@ -47,16 +47,41 @@ func newActingToken(token string, reg prometheus.Registerer) (*actingToken, erro
 			return nil, fmt.Errorf("register the metrics of operators: %w", err)
 		}
 	}
-	return &actingToken{
-		sum: sha256.Sum256([]byte(token)), configured: token != "",
+	a := &actingToken{
 		wrong: newAttempts(wrongTokensPerMinute, wrongTokenAddresses, refused.WithLabelValues("limited"), forgotten),
 		off:   refused.WithLabelValues("off"), missing: refused.WithLabelValues("missing"), other: refused.WithLabelValues("wrong"),
-	}, nil
+	}
+	a.sum.use(token)
+	return a, nil
+}
+
+// tokenSum is a token that callers have to show, of which the hash is kept; it may change while they do. Any
+// goroutine may use it.
+type tokenSum struct {
+	sum atomic.Pointer[[sha256.Size]byte] // nil: none
+}
+
+// use changes the token; empty: none is needed.
+func (t *tokenSum) use(token string) {
+	if token == "" {
+		t.sum.Store(nil)
+		return
+	}
+	sum := sha256.Sum256([]byte(token))
+	t.sum.Store(&sum)
+}
+
+func (t *tokenSum) set() bool { return t.sum.Load() != nil }
+
+// is tells whether a token is needed and this is it.
+func (t *tokenSum) is(given string) bool {
+	sum, want := sha256.Sum256([]byte(given)), t.sum.Load()
+	return want != nil && subtle.ConstantTimeCompare(sum[:], want[:]) == 1
 }
 
 // check returns nil when the caller at addr ("IP:port") may act; authorization is the header of that name.
 func (a *actingToken) check(addr, authorization string) error {
-	if !a.configured {
+	if !a.sum.set() {
 		a.off.Inc()
 		return status.Error(codes.FailedPrecondition, "acting is off: no admin.token is configured")
 	}
@@ -73,8 +98,7 @@ func (a *actingToken) check(addr, authorization string) error {
 	if wait, ok := a.wrong.left(key, now); !ok {
 		return status.Errorf(codes.ResourceExhausted, "too many wrong tokens from this address: try again in %.0f s", math.Ceil(wait.Seconds()))
 	}
-	sum := sha256.Sum256([]byte(given))
-	if subtle.ConstantTimeCompare(sum[:], a.sum[:]) != 1 {
+	if !a.sum.is(given) {
 		a.other.Inc()
 		_, _ = a.wrong.take(key, now) // what counts is whether one is left next time
 		return status.Error(codes.Unauthenticated, "this is not the token configured as admin.token")

@@ -357,7 +357,7 @@ type GRPC struct {
 	// this machine's address when it names none.
 	AdvertiseAddr string `koanf:"advertise_addr" check:"hostport"`
 	// The token that callers send as `authorization: Bearer TOKEN`; the same on all gateways.
-	Token string  `koanf:"token" secret:"true"`
+	Token string  `koanf:"token" secret:"true" reload:"true"`
 	TLS   GRPCTLS `koanf:"tls"`
 }
 
@@ -383,7 +383,7 @@ type Admin struct {
 	Addr string `koanf:"addr" check:"listen" required:"true"`
 	// The token that acting asks for, as `Authorization: Bearer TOKEN`: kick, drain and log level, by the
 	// admin page and by `im-gateway ctl` alike. Empty: nobody may, and the page only shows.
-	Token string   `koanf:"token" secret:"true"`
+	Token string   `koanf:"token" secret:"true" reload:"true"`
 	TLS   AdminTLS `koanf:"tls"`
 }
 

@@ -2,8 +2,6 @@ package engine
 
 import (
 	"context"
-	"crypto/sha256"
-	"crypto/subtle"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -57,8 +55,7 @@ type GRPCOptions struct {
 type GRPCServer struct {
 	server *grpc.Server
 	health *health.Server
-	token  [sha256.Size]byte
-	auth   bool
+	token  tokenSum
 	acting *actingToken
 	logger zerolog.Logger
 	calls  *rpcs
@@ -76,11 +73,10 @@ func NewGRPCServer(o GRPCOptions) (*GRPCServer, error) {
 	}
 	s := &GRPCServer{
 		health: health.NewServer(),
-		token:  sha256.Sum256([]byte(o.Token)),
-		auth:   o.Token != "",
 		acting: o.Acting,
 		logger: o.Logger,
 	}
+	s.token.use(o.Token)
 	var err error
 	if s.calls, err = newRPCs("grpc", "to the gRPC server", o.Registerer); err != nil {
 		return nil, err
@@ -106,6 +102,9 @@ func NewGRPCServer(o GRPCOptions) (*GRPCServer, error) {
 	s.SetServing(false)
 	return s, nil
 }
+
+// useToken changes the token that callers send; empty: none is needed.
+func (s *GRPCServer) useToken(token string) { s.token.use(token) }
 
 // SetServing sets what the health service answers.
 func (s *GRPCServer) SetServing(serving bool) {
@@ -197,7 +196,7 @@ func (s *GRPCServer) authenticate(ctx context.Context, method string) error {
 	}
 	if slices.Contains(operatorsLook, method) {
 		err := s.authenticatePeer(method, authorization)
-		if err == nil || !s.acting.configured {
+		if err == nil || !s.acting.sum.set() {
 			return err
 		}
 	}
@@ -209,11 +208,10 @@ func (s *GRPCServer) authenticate(ctx context.Context, method string) error {
 }
 
 func (s *GRPCServer) authenticatePeer(method, authorization string) error {
-	if !s.auth || strings.HasPrefix(method, "/"+healthService+"/") {
+	if !s.token.set() || strings.HasPrefix(method, "/"+healthService+"/") {
 		return nil
 	}
-	sum := sha256.Sum256([]byte(bearer(authorization)))
-	if subtle.ConstantTimeCompare(sum[:], s.token[:]) != 1 {
+	if !s.token.is(bearer(authorization)) {
 		return status.Error(codes.Unauthenticated, "metadata authorization must be: Bearer and the shared token")
 	}
 	return nil

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cespare/xxhash/v2"
@@ -53,7 +54,8 @@ type PeerKick struct {
 // Peers tells other gateways about sessions that were replaced. It is best effort: what is dropped
 // here the other gateway finds out at its next refresh of the user's presence.
 type Peers struct {
-	o       PeersOptions
+	o       PeersOptions // but for its Token
+	token   atomic.Pointer[string]
 	queues  []chan *PeerKick // never closed; one per worker, chosen by the gateway's id
 	sent    prometheus.Counter
 	full    prometheus.Counter
@@ -87,6 +89,7 @@ func NewPeers(o PeersOptions) (*Peers, error) {
 		stopped: kicks.WithLabelValues("stopped"),
 		trouble: o.Logger.Sample(&zerolog.BurstSampler{Burst: 5, Period: time.Second}),
 	}
+	p.token.Store(&o.Token)
 	for range o.Workers {
 		p.queues = append(p.queues, make(chan *PeerKick, o.Queue))
 	}
@@ -123,6 +126,9 @@ func (p *Peers) Kick(k PeerKick) bool {
 		return false
 	}
 }
+
+// useToken changes the token that is sent.
+func (p *Peers) useToken(token string) { p.token.Store(&token) }
 
 // Run sends the queued kicks until ctx ends; what waits then is dropped.
 func (p *Peers) Run(ctx context.Context) {
@@ -184,8 +190,8 @@ func (w *peerWorker) send(ctx context.Context, k PeerKick) {
 		w.fail(k, addr, err)
 		return
 	}
-	if w.p.o.Token != "" {
-		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+w.p.o.Token)
+	if token := *w.p.token.Load(); token != "" {
+		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
 	}
 	_, err = gatewaypb.NewGatewayServiceClient(conn).Kick(ctx, &gatewaypb.KickRequest{
 		UserId: k.User, SessionId: k.Session, Reason: k.Reason, Replaced: true,

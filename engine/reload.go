@@ -310,6 +310,9 @@ func (e *Engine) adopt(ctx context.Context, next *Loaded) ([]change, error) {
 		useTransport()
 		useShards()
 		useAPI()
+		e.acting.sum.use(cfg.Admin.Token)
+		e.grpc.useToken(cfg.GRPC.Token)
+		e.peers.useToken(cfg.GRPC.Token)
 		e.memory.use(cfg.Limits.MemoryHighWaterPercent)
 		if levelChanges { // else an operator may have chosen another for the time being
 			_ = LogLevel{}.Set(cfg.Log.Level) // one of those that validate lets pass

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -26,6 +27,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"im-gateway/codec"
+	"im-gateway/codec/gatewaypb"
 	"im-gateway/shard"
 	"im-gateway/transport"
 )
@@ -36,7 +38,7 @@ func TestReloadTags(t *testing.T) {
 	handedOn := func(c *Config) []any {
 		auth := c.Auth
 		auth.DenyList = false
-		return []any{transportSettings(c, nil), shardSettings(c), apiSettings(c), auth, c.Limits.MemoryHighWaterPercent, c.Drain, c.Log.Level}
+		return []any{transportSettings(c, nil), shardSettings(c), apiSettings(c), auth, c.Limits.MemoryHighWaterPercent, c.Drain, c.Log.Level, c.Admin.Token, c.GRPC.Token}
 	}
 	for _, o := range options() {
 		c := Default()
@@ -146,6 +148,21 @@ func newReloadable(t *testing.T, config string, files map[string]string) *reload
 	if e.server, err = transport.New(transport.Options{
 		Addr: ":0", Loops: 1, Sink: ports{}, API: e.api, Settings: transportSettings(&e.cfg, e.keys.verifier),
 		Logger: zerolog.Nop(), Registerer: e.metrics,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if e.acting, err = newActingToken(e.cfg.Admin.Token, e.metrics); err != nil {
+		t.Fatal(err)
+	}
+	if e.peers, err = NewPeers(PeersOptions{
+		Lookup: func(context.Context, string) (string, error) { return "", errors.New("nobody is there") },
+		Token:  e.cfg.GRPC.Token, Registerer: e.metrics,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if e.grpc, err = NewGRPCServer(GRPCOptions{
+		Addr: "127.0.0.1:0", Token: e.cfg.GRPC.Token, Sessions: &fakeSessions{}, Operator: gatewaypb.UnimplementedAdminServiceServer{},
+		Acting: e.acting, Registerer: e.metrics,
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -282,6 +299,34 @@ func TestReloadKeepsAnOperatorsLevel(t *testing.T) {
 		if text := r.again(); (LogLevel{}).String() != step.want || !strings.Contains(text, " -> ") {
 			t.Errorf("%q: the level is %s, want %s: %s", step.config, LogLevel{}, step.want, text)
 		}
+	}
+}
+
+// TestReloadOfTokens: of those who act and of the other gateways.
+func TestReloadOfTokens(t *testing.T) {
+	const base = "auth.hs256_secret: " + reloadSecret + "\n"
+	r := newReloadable(t, base, nil)
+	may := func(token string) string {
+		act := r.acting.check("192.0.2.1:5", "Bearer "+token) == nil
+		call := r.grpc.authenticatePeer("/im.gateway.v1.GatewayService/Push", "Bearer "+token) == nil
+		return fmt.Sprintf("acts %t, calls %t, sends %q", act, call, *r.peers.token.Load())
+	}
+	for _, step := range []struct{ config, token, want string }{
+		{"", "a", `acts false, calls true, sends ""`},
+		{"admin.token: a\ngrpc.token: b\n", "a", `acts true, calls false, sends "b"`},
+		{"admin.token: a\ngrpc.token: b\n", "b", `acts false, calls true, sends "b"`},
+		{"admin.token: b\ngrpc.token: b\n", "b", `acts true, calls true, sends "b"`},
+		{"", "b", `acts false, calls true, sends ""`},
+	} {
+		r.write("gateway.yaml", base+step.config)
+		text := r.again()
+		if got := may(step.token); got != step.want {
+			t.Errorf("with %q the token %s %s, want %s: %s", step.config, step.token, got, step.want, text)
+		}
+	}
+	r.write("gateway.yaml", base+"grpc: {addr: \":9080\", token: \"\"}\n")
+	if text := r.again(); !strings.Contains(text, "grpc.addr") {
+		t.Errorf("open without a token: %s", text)
 	}
 }
 
