@@ -35,12 +35,12 @@ func (s *Server) Post(ctx context.Context, user, session string, frame []byte, m
 	l := s.loops[id.Loop()]
 	took := make(chan *Posted, 1)
 	if !l.execute(func() {
-		cn := l.lookup(id)
-		if cn == nil || cn.user != user || cn.state != stateOpen {
-			took <- &notFound
-			return
+		done := &notFound
+		if cn := l.lookup(id); cn != nil && cn.user == user && cn.state == stateOpen {
+			done = &Posted{Result: codec.UpstreamResult{Code: codec.OutcomeUnknown}} // of a panic
+			l.guard(cn, func() { done = cn.post(&p) })
 		}
-		l.guard(cn, func() { took <- cn.post(&p) })
+		took <- done
 	}) {
 		return notFound, nil
 	}

@@ -656,6 +656,24 @@ func TestPost(t *testing.T) {
 	}
 }
 
+// TestPostPanics: a panic costs the session at fault, and who has posted is told at once that nothing is known.
+func TestPostPanics(t *testing.T) {
+	s, sink := start(t, func(o *Options) { o.Loops = 1 })
+	c := stream(t, s, "alice")
+	id := sink.next(t, codec.EventOpen).Session
+	l := s.loops[0]
+	l.execute(func() { l.builder = nil })
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	p, err := s.Post(ctx, "alice", id.Name(7), nil, &codec.ClientMessage{Type: []byte("m"), Data: []byte("1")})
+	if err != nil || p.Result.Code != codec.OutcomeUnknown {
+		t.Errorf("%+v, %v", p, err)
+	}
+	if got, want := c.ended(), closeEvent(codec.CloseInternal, reasonInternal); got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
 // TestPostToFullShard: a message that its shard has no room for is refused.
 func TestPostToFullShard(t *testing.T) {
 	s, sink := start(t, func(o *Options) { o.Loops = 1 })
