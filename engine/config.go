@@ -102,8 +102,8 @@ type WebSocket struct {
 	// How often each client is pinged. Cost of a lower value: more writes, two packets per ping.
 	Heartbeat time.Duration `koanf:"heartbeat" range:"100ms..10m"`
 	// A client silent for so long is closed with 4001, and one that takes so long over one message with
-	// 1008. An event stream's connection ends when nothing was acknowledged for so long (TCP). Must be
-	// longer than websocket.heartbeat.
+	// 1008. An event stream's connection ends when nothing was acknowledged for as long as this said when
+	// it was opened (TCP). Must be longer than websocket.heartbeat.
 	HeartbeatTimeout time.Duration `koanf:"heartbeat_timeout" range:"200ms..1h" reload:"true"`
 	// Bytes that may wait to be written to one client; a client that reads too slowly to stay below is
 	// closed with 4000. Must hold the largest downstream record. Cost: up to that much for each slow
