@@ -68,6 +68,7 @@ func (q *quiet) settle() {
 		for i := range b.Commands {
 			b.Commands[i].Outcome = codec.OutcomeFlushed
 		}
+		b.Written = q.s.now * int64(time.Millisecond)
 		q.s.onReturn(b)
 		q.s.flush()
 	}
@@ -105,7 +106,8 @@ func TestUpstreamPathDoesNotAllocate(t *testing.T) {
 	}
 }
 
-// TestDeliveryPathDoesNotAllocate: the ends' list, which becomes the owner's, is all that a batch costs.
+// TestDeliveryPathDoesNotAllocate: the ends' list, which becomes the owner's, is all that a batch costs, timed
+// and, while somebody asks for it, measured by user.
 func TestDeliveryPathDoesNotAllocate(t *testing.T) {
 	q := newQuiet(t, time.Now)
 	q.open(100)
@@ -114,12 +116,16 @@ func TestDeliveryPathDoesNotAllocate(t *testing.T) {
 		q.s.onDeliveries(b)
 		q.settle()
 	}
-	run()
-	if n := testing.AllocsPerRun(500, run) / 100; n > 0.1 {
-		t.Errorf("%.2f allocations per delivery", n)
+	for _, m := range []*meter{nil, {users: map[string]*Talk{}}} {
+		q.s.meter = m
+		run()
+		if n := testing.AllocsPerRun(500, run) / 100; n > 0.1 {
+			t.Errorf("%.2f allocations per delivery, measured: %t", n, m != nil)
+		}
 	}
-	if q.ends == 0 {
-		t.Error("nothing ended")
+	timed, _ := observed(t, q.s.metrics.deliverTime)
+	if q.ends == 0 || timed != uint64(q.ends) || len(q.s.meter.users) != 100 {
+		t.Errorf("%d ended, %d were timed, %d users measured", q.ends, timed, len(q.s.meter.users))
 	}
 }
 
@@ -127,6 +133,7 @@ func TestDeliveryPathDoesNotAllocate(t *testing.T) {
 func (q *quiet) batch(n int) *codec.DeliveryBatch {
 	b := &codec.DeliveryBatch{}
 	d := rec(q)
+	d.Stored = q.s.now
 	for i := range n {
 		d.Targets = append(d.Targets, fmt.Sprintf("user-%08d", i))
 		b.Deliveries = append(b.Deliveries, codec.Delivery{Record: d, Target: int32(i)})
