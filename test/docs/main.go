@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -18,6 +19,8 @@ import (
 const (
 	// patience is how long a block may take; what it builds has been built before, mostly.
 	patience = 5 * time.Minute
+	// atOnce is how many documents are run at a time, where their networks are apart: they wait a lot.
+	atOnce = 2
 	// soon is how long something that others bring about may take.
 	soon = time.Minute
 )
@@ -25,14 +28,25 @@ const (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	failed := false
-	for _, path := range os.Args[1:] {
-		if err := try(ctx, path); err != nil {
-			fmt.Fprintf(os.Stderr, "docs: %v\n", err)
-			failed = true
-		}
+	room := 1
+	if ownNetwork(ctx) != nil {
+		room = atOnce
 	}
-	if failed || len(os.Args) == 1 {
+	var failed atomic.Bool
+	var all sync.WaitGroup
+	free := make(chan struct{}, room)
+	for _, path := range os.Args[1:] {
+		free <- struct{}{}
+		all.Go(func() {
+			defer func() { <-free }()
+			if err := try(ctx, path); err != nil {
+				fmt.Fprintf(os.Stderr, "docs: %v\n", err)
+				failed.Store(true)
+			}
+		})
+	}
+	all.Wait()
+	if failed.Load() || len(os.Args) == 1 {
 		os.Exit(1)
 	}
 }
