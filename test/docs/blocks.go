@@ -14,7 +14,8 @@
 //	                 the same, of what was started last: within a minute
 //
 // Each document has a clone of the repository of its own as its directory, and, where the process may
-// make one (root on Linux), a network of its own, so that default ports are free.
+// make one (root on Linux), a network of its own, so that default ports are free; two are run at a time then.
+// What has been built in bin/ and fetched to .cache/ is taken along.
 package main
 
 import (
