@@ -50,7 +50,10 @@ func upgrade(next string) func(net.Conn, *bufio.Reader) {
 		}
 		_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"+next)
 		_, _ = io.CopyN(io.Discard, r, 1) // what the attacker sends
-		time.Sleep(20 * time.Millisecond)
+		if tcp, ok := c.(*net.TCPConn); ok {
+			_ = tcp.CloseWrite() // what it goes on to send must not turn the end into a reset
+		}
+		_, _ = io.Copy(io.Discard, r)
 	}
 }
 
