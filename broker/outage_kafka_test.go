@@ -278,7 +278,7 @@ func outage(t *testing.T, perSecond int, away time.Duration, begin, end func(*ka
 	back := time.Now()
 	before := got.count()
 	for got.count() < before+perSecond/10 {
-		if time.Since(back) > time.Minute {
+		if time.Since(back) > 3*time.Minute {
 			t.Fatal("no answers after the outage")
 		}
 		lasting(10 * time.Millisecond)
@@ -352,7 +352,7 @@ func TestCloseWhileKafkaIsDeadOrFrozen(t *testing.T) {
 			took := time.Since(begun)
 			n := <-loaded
 			t.Logf("Close took %v: %v", took.Round(time.Millisecond), err)
-			if took > 6*time.Second {
+			if took > 30*time.Second {
 				t.Error("Close took too long")
 			}
 			if got.count() != n {
@@ -403,7 +403,7 @@ func TestConsumerThroughADeath(t *testing.T) {
 				time.Since(back).Round(time.Millisecond), testutil.ToFloat64(r.metrics.sessions))
 			return
 		}
-		if time.Since(back) > time.Minute {
+		if time.Since(back) > 3*time.Minute {
 			t.Fatalf("%d of %d read", len(seen), n)
 		}
 		lasting(50 * time.Millisecond)

@@ -135,7 +135,7 @@ func TestAdminGivesUpWithItsContext(t *testing.T) {
 	if err := a.Reachable(context.Background()); err == nil || !strings.Contains(err.Error(), "127.0.0.1:1") {
 		t.Errorf("Reachable without Kafka: %v", err)
 	}
-	if d := time.Since(begun); d > 3*time.Second {
+	if d := time.Since(begun); d > 20*time.Second {
 		t.Errorf("took %v", d)
 	}
 }

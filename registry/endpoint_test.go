@@ -198,7 +198,7 @@ func TestDeregisterWithoutEtcd(t *testing.T) {
 	if err := r.Deregister(within(t)); err == nil {
 		t.Error("no error")
 	}
-	if took := time.Since(began); took > revokeTimeout+2*time.Second {
+	if took := time.Since(began); took > revokeTimeout+20*time.Second {
 		t.Errorf("it took %s", took)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())

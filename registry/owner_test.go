@@ -280,7 +280,7 @@ func TestCheckWithoutEtcd(t *testing.T) {
 	if err := w.Check(within(t)); err == nil || errors.Is(err, ErrNotOwner) {
 		t.Errorf("etcd away: %v", err)
 	}
-	if took := time.Since(began); took > readTimeout+2*time.Second {
+	if took := time.Since(began); took > readTimeout+20*time.Second {
 		t.Errorf("it took %s", took)
 	}
 	e.wipe()

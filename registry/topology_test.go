@@ -37,7 +37,7 @@ func TestPresenceFrozen(t *testing.T) {
 			t.Fatalf("entry %d: claimed", i)
 		}
 	}
-	if took := time.Since(began); took > 2*time.Second {
+	if took := time.Since(began); took > 20*time.Second {
 		t.Errorf("it took %s", took)
 	}
 	if err := s.process.cmd.Process.Signal(syscall.SIGCONT); err != nil {
