@@ -14,7 +14,7 @@ run: ## the whole system in one process, with a demo page; RUN_ARGS='-http :8080
 	@CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/im-dev
 	@exec bin/im-dev $(RUN_ARGS)
 
-test: lint test-unit test-specs test-schema test-js test-real test-chaos test-abuse test-deploy test-docs ## everything: lint, unit tests with -race, end to end on real servers, the documents and their linters, the HTTP API by its document, the JavaScript client, faults, abuse, what deploy/ ships, what docs/ says, what docs/ says
+test: lint test-unit test-specs test-schema test-js test-real test-chaos test-abuse test-deploy test-docs ## everything: lint, unit tests with -race, end to end on real servers, the documents and their linters, the HTTP API by its document, the JavaScript client, faults, abuse, what deploy/ ships, what docs/ says
 
 test-fast: ## unit tests and end to end on embedded servers; needs only Go
 	$(GO) test ./bench/... ./broker/... ./cmd/... ./codec ./engine/... ./registry/... ./shard/... ./transport/...
