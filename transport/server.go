@@ -415,13 +415,18 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	return nil
 }
 
-// awaitLingering waits for the connections that are being closed; none takes longer than lingerMS.
+// awaitLingering waits for the connections that are being closed; none takes longer than lingerMS and a
+// tick. Those who connect meanwhile are turned away, and have no claim to be waited for: they may never cease.
 func (s *Server) awaitLingering(ctx context.Context) {
 	poll := time.NewTicker(tickInterval / 10)
 	defer poll.Stop()
+	enough := time.NewTimer(lingerMS*time.Millisecond + 2*tickInterval)
+	defer enough.Stop()
 	for s.lingering.Load() > 0 {
 		select {
 		case <-poll.C:
+		case <-enough.C:
+			return
 		case <-s.done:
 			return
 		case <-ctx.Done():

@@ -126,6 +126,35 @@ func TestUnaskedEnd(t *testing.T) {
 }
 
 // TestShutdownWaitsForCloseCodes: what the shards closed just before reaches its clients.
+// TestShutdownAmidConnects: clients that go on connecting do not hold a shutdown up.
+func TestShutdownAmidConnects(t *testing.T) {
+	s, _ := start(t, func(o *Options) { o.Loops = 1 })
+	s.StopAccepting()
+	turnAway := func() bool { // the connection stays open, for as long as it may
+		c, err := net.Dial("tcp", s.Addr().String())
+		if err == nil {
+			t.Cleanup(func() { _ = c.Close() })
+		}
+		return err == nil
+	}
+	turnAway()
+	eventually(t, func() bool { return s.lingering.Load() > 0 })
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	ended, again := make(chan struct{}), time.NewTicker(50*time.Millisecond)
+	defer again.Stop()
+	go func() {
+		defer close(ended)
+		for turnAway() {
+			<-again.C
+		}
+	}()
+	if err := s.Shutdown(ctx); err != nil {
+		t.Error(err)
+	}
+	<-ended
+}
+
 func TestShutdownWaitsForCloseCodes(t *testing.T) {
 	s, sink := start(t, nil)
 	var clients []*client
