@@ -2,7 +2,9 @@ package broker
 
 import (
 	"context"
+	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -119,6 +121,47 @@ func TestUnsafeTopicsAreWarnedAboutOrRefused(t *testing.T) {
 		!strings.Contains(err.Error(), "topics "+downTopic+", "+upTopic) {
 		t.Fatalf("%v", err)
 	}
+}
+
+// TestReachableBesideFrozenBroker: a broker that takes connections and never answers keeps nobody from asking the
+// others, and not every question goes to the same one.
+func TestReachableBesideFrozenBroker(t *testing.T) {
+	c := emptyCluster(t)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var asked atomic.Int64
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		var held []net.Conn
+		for {
+			conn, err := ln.Accept()
+			if err != nil {
+				break
+			}
+			asked.Add(1)
+			held = append(held, conn)
+		}
+		for _, conn := range held {
+			_ = conn.Close()
+		}
+	}()
+	defer func() { _ = ln.Close(); <-done }()
+	a, err := NewAdmin(testOptions(t, append([]string{ln.Addr().String()}, c.ListenAddrs()...)...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 64 { // until the frozen one was asked first
+		if err := a.Reachable(within(t, 10*time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		if asked.Load() > 0 {
+			return
+		}
+	}
+	t.Error("every question goes to the same broker")
 }
 
 func TestAdminGivesUpWithItsContext(t *testing.T) {
