@@ -98,7 +98,7 @@ func newMetrics(s *Server, reg prometheus.Registerer) (*metrics, error) {
 	register(acceptFailures)
 	closes := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "im_gateway_transport_closes_total", Help: "Sessions ended, by the close code that was sent or received; 1006: the " +
-			"connection was lost, other: a code that a client made up.",
+			"connection was lost, or the client of an event stream has left, other: a code that a client made up.",
 	}, []string{"code"})
 	register(closes)
 	for _, code := range closeCodes {
