@@ -146,12 +146,17 @@ func TestShutdownAmidConnects(t *testing.T) {
 	go func() {
 		defer close(ended)
 		for turnAway() {
-			<-again.C
+			select {
+			case <-again.C:
+			case <-ctx.Done(): // whoever has the port by now
+				return
+			}
 		}
 	}()
 	if err := s.Shutdown(ctx); err != nil {
 		t.Error(err)
 	}
+	cancel()
 	<-ended
 }
 
