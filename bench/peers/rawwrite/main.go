@@ -141,11 +141,11 @@ func measure(ctx context.Context, fds []int, targets, rounds int, rate float64, 
 	return result{Conns: len(fds), FrameBytes: len(frame), Writes: writes, CPU: per(cpu), Wall: per(busy)}, nil
 }
 
-// threadCPU is the user and system time of this thread.
+// threadCPU is the user and system time of this thread, to the nanosecond: getrusage may count in ticks.
 func threadCPU() time.Duration {
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_THREAD, &u); err != nil {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &t); err != nil {
 		return 0
 	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	return time.Duration(t.Nano())
 }
