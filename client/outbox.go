@@ -68,8 +68,8 @@ func newPending(e Envelope, format Format) (*Pending, error) {
 	if len(e.Data) == 0 {
 		e.Data = json.RawMessage("null")
 	}
-	if !json.Valid(e.Data) {
-		return nil, errors.New("client: data is not valid JSON")
+	if !json.Valid(e.Data) || !utf8.Valid(e.Data) { // the gateway would close with 1007, each time
+		return nil, errors.New("client: data is not valid JSON in UTF-8")
 	}
 	if !utf8.ValidString(e.Type) {
 		return nil, errors.New("client: the type is not valid UTF-8")

@@ -277,6 +277,7 @@ func TestSendRefusesAtOnce(t *testing.T) {
 		"control byte": {Type: "x", ID: "a\nb"},
 		"not UTF-8":    {Type: "x", ID: "a\xff"},
 		"not JSON":     {Type: "x", Data: json.RawMessage(`{`)},
+		"other bytes":  {Type: "x", Data: json.RawMessage("\"caf\xe9\"")},
 	} {
 		if _, err := c.Send(e); err == nil {
 			t.Errorf("%s: accepted", name)
