@@ -316,7 +316,9 @@ func (s *session) take(f frame) error {
 		if err := json.Unmarshal(f.Data, &d); err != nil {
 			return fmt.Errorf("client: error frame: %w", err)
 		}
-		if d.Code == "AUTH_FAILED" || d.Code == "TOKEN_EXPIRED" {
+		switch d.Code {
+		case "AUTH_FAILED", "TOKEN_EXPIRED",
+			"RATE_LIMITED", "OVERLOADED": // at worst for another frame: renew asks again
 			s.reply(refreshReply{err: &RefusedError{ID: typeRefresh, Code: d.Code}})
 		}
 		s.c.report(d.Code, d.Message)

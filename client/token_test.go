@@ -113,6 +113,33 @@ func tokenIsRenewed(t *testing.T, format Format) {
 	}
 }
 
+// A refresh that the gateway puts off is asked for again.
+func TestRefreshIsPutOff(t *testing.T) {
+	for _, code := range []string{"RATE_LIMITED", "OVERLOADED"} {
+		t.Run(code, func(t *testing.T) {
+			renewed := make(chan struct{})
+			g := newGateway(t, func(_ int, p *peer) {
+				p.hello()
+				p.next()
+				p.send(`{"type":"error","data":{"code":%q,"message":"why"}}`, code)
+				if f, ok := p.next(); ok && f.Type == typeRefresh {
+					close(renewed)
+				}
+				p.send(`{"type":"token-refreshed","data":{"expires_at":%d}}`, time.Now().Add(time.Hour).UnixMilli())
+				p.next()
+			})
+			start(t, Options{URLs: []string{g.url()}, Token: func(context.Context, TokenReason) (string, error) {
+				return jwt("a", 1500*time.Millisecond), nil
+			}})
+			select {
+			case <-renewed:
+			case <-time.After(patience):
+				t.Fatal("not asked again")
+			}
+		})
+	}
+}
+
 func TestExpiry(t *testing.T) {
 	at := time.UnixMilli(1760000000500)
 	for token, want := range map[string]time.Time{
