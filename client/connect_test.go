@@ -312,6 +312,42 @@ func deliveries(t *testing.T, format Format) {
 	equal(t, "handled", order, []string{"a", "b", "c", "d", "", ""}) // those without an id each time
 }
 
+// A record is one whatever its type; the gateway's own frames have no message_id.
+func TestRecordsOfReservedTypes(t *testing.T) { formats(t, recordsOfReservedTypes) }
+
+func recordsOfReservedTypes(t *testing.T, format Format) {
+	types := []string{typeMessageAck, typeReconnect, typeTokenRefreshed, typeError, typeConnected, typePong}
+	g := newGateway(t, func(_ int, p *peer) {
+		p.hello()
+		p.next()
+		for i, kind := range types {
+			p.send(`{"type":%q,"message_id":"r%d","data":{"client_msg_id":"m1","status":"success","retry_after_ms":0}}`, kind, i)
+		}
+		p.accept("m1")
+		p.next()
+	})
+	got := make(chan string, len(types))
+	c := start(t, Options{URLs: []string{g.url()}, Format: format, Handle: func(m Message) { got <- m.Type },
+		OnError: func(code, message string) { t.Errorf("told: %s %s", code, message) }})
+	r, err := wait(t, c.send(t, "m1")[0])
+	if err != nil || r.MessageID != "m-m1" {
+		t.Errorf("receipt %+v, %v", r, err)
+	}
+	for _, want := range types {
+		select {
+		case kind := <-got:
+			if kind != want {
+				t.Errorf("got a %s, want a %s", kind, want)
+			}
+		case <-time.After(patience):
+			t.Fatalf("no %s", want)
+		}
+	}
+	if n := g.connections(); n != 1 {
+		t.Errorf("%d connections", n)
+	}
+}
+
 // What was received is handled, though Run was told to end.
 func TestReceivedIsHandled(t *testing.T) {
 	g := newGateway(t, func(_ int, p *peer) {

@@ -288,6 +288,10 @@ func (s *session) take(f frame) error {
 			return fmt.Errorf("client: message-ack: %w", err)
 		}
 		if s.c.outbox.answer(a) {
+	if f.MessageID != "" { // a record, whatever its type; the gateway's own frames have none
+		s.deliver(f)
+		return nil
+	}
 			s.stored.Store(true)
 		}
 	case typeReconnect:
