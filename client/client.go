@@ -70,8 +70,8 @@ type Options struct {
 	TokenIn TokenIn // how the token travels; default: in a header
 	Format  Format  // of frames; default: JSON
 
-	// Handle is called on one goroutine, in order. It must not wait for a Pending. While it is slow
-	// by more than 256 messages nothing is read, and the gateway may close with 4000.
+	// Handle is called on one goroutine, in order. It must not wait for a Pending or for Refresh. While it
+	// is slow by more than 256 messages nothing is read, and the gateway may close with 4000.
 	Handle        func(Message)
 	AckDeliveries bool // the gateway holds each message until Handle has returned
 
@@ -197,7 +197,10 @@ func (c *Client) Run(ctx context.Context) error {
 		return errors.New("client: Run was called before")
 	}
 	if c.http == nil {
-		t := http.DefaultTransport.(*http.Transport).Clone()
+		t := &http.Transport{Proxy: http.ProxyFromEnvironment}
+		if d, ok := http.DefaultTransport.(*http.Transport); ok { // else the program has wrapped it
+			t = d.Clone()
+		}
 		defer t.CloseIdleConnections()
 		c.http = &http.Client{Transport: t}
 	}

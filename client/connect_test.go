@@ -348,6 +348,18 @@ func recordsOfReservedTypes(t *testing.T, format Format) {
 	}
 }
 
+// A program may have put something else in place of the default transport, such as a tracer.
+func TestWrappedDefaultTransport(t *testing.T) {
+	before := http.DefaultTransport
+	http.DefaultTransport = struct{ http.RoundTripper }{before}
+	defer func() { http.DefaultTransport = before }()
+	g := newGateway(t, func(_ int, p *peer) { p.hello(); p.acceptAll() })
+	c := start(t, Options{URLs: []string{g.url()}})
+	stored(t, c.send(t, "m1"))
+	c.stop()
+	c.ended(t)
+}
+
 // What was received is handled, though Run was told to end.
 func TestReceivedIsHandled(t *testing.T) {
 	g := newGateway(t, func(_ int, p *peer) {
