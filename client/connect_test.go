@@ -260,7 +260,7 @@ func TestDeliveries(t *testing.T) { formats(t, deliveries) }
 
 func deliveries(t *testing.T, format Format) {
 	query := make(chan string, 10)
-	acked := make(chan string, 100)
+	acked := make(chan int, 10)
 	g := newGateway(t, func(n int, p *peer) {
 		query <- p.r.URL.RawQuery
 		p.hello()
@@ -268,13 +268,17 @@ func deliveries(t *testing.T, format Format) {
 			p.send(`{"type":"new-message","message_id":%q,"delivery_id":%d,"timestamp":1760000000000,"data":{"n":  "<%d>"}}`, id, i+1, n)
 		}
 		p.send(`{"type":"new-message","delivery_id":7,"data":null}`)
-		for range 7 {
-			f, ok := p.next()
+		for last := uint64(0); last < 7; {
+			id, ok := p.nextAck()
 			if !ok {
 				return
 			}
-			acked <- f.Type + " " + string(f.Data)
+			if id <= last {
+				t.Errorf("ack of %d after %d", id, last)
+			}
+			last = id
 		}
+		acked <- n
 		if n == 1 {
 			p.close(4000)
 			return
@@ -288,15 +292,10 @@ func deliveries(t *testing.T, format Format) {
 		if q := <-query; q != "ack=1&device=phone&device_id=d+1" {
 			t.Errorf("query %q", q)
 		}
-		for i := range 7 {
-			select {
-			case a := <-acked:
-				if want := fmt.Sprintf(`delivery-ack {"delivery_id":%d}`, i+1); a != want {
-					t.Errorf("ack %s, want %s", a, want)
-				}
-			case <-time.After(patience):
-				t.Fatal("no ack")
-			}
+		select {
+		case <-acked:
+		case <-time.After(patience):
+			t.Fatal("not acknowledged")
 		}
 	}
 	c.stop()
@@ -310,6 +309,137 @@ func deliveries(t *testing.T, format Format) {
 		}
 	}
 	equal(t, "handled", order, []string{"a", "b", "c", "d", "", ""}) // those without an id each time
+}
+
+// A flood is acknowledged in few frames, as each counts against the gateway's rate.
+func TestFloodIsAcknowledgedTogether(t *testing.T) {
+	const n = 2000
+	frames := make(chan int, 1)
+	g := newGateway(t, func(_ int, p *peer) {
+		p.hello()
+		go func() {
+			for i := range n {
+				p.send(`{"type":"new-message","message_id":"m%d","delivery_id":%d,"data":1}`, i+1, i+1)
+			}
+		}()
+		for count := 1; ; count++ {
+			if id, ok := p.nextAck(); !ok || id == n {
+				frames <- count
+				break
+			}
+		}
+		p.next()
+	})
+	start(t, Options{URLs: []string{g.url()}, AckDeliveries: true})
+	select {
+	case count := <-frames:
+		if count > n/4 {
+			t.Errorf("%d frames for %d deliveries", count, n)
+		}
+	case <-time.After(patience):
+		t.Fatal("not acknowledged")
+	}
+}
+
+// The gateway gives up what is 256 behind: so many deliveries do not wait for the delay.
+func TestManyAreAcknowledgedAtOnce(t *testing.T) {
+	fastest := make(chan time.Duration, 1)
+	g := newGateway(t, func(_ int, p *peer) {
+		p.hello()
+		least := patience
+		for last := range 50 {
+			start := time.Now()
+			for i := last*ackBatch + 1; i <= (last+1)*ackBatch; i++ {
+				p.send(`{"type":"new-message","message_id":"m%d","delivery_id":%d,"data":1}`, i, i)
+			}
+			for id := uint64(0); id < uint64(last+1)*ackBatch; {
+				var ok bool
+				if id, ok = p.nextAck(); !ok {
+					return
+				}
+			}
+			least = min(least, time.Since(start))
+		}
+		fastest <- least
+		p.next()
+	})
+	start(t, Options{URLs: []string{g.url()}, AckDeliveries: true})
+	select {
+	case d := <-fastest:
+		if d >= ackDelay {
+			t.Errorf("the fastest of 50 batches was acknowledged after %s", d)
+		}
+	case <-time.After(patience):
+		t.Fatal("not acknowledged")
+	}
+}
+
+// What was handled is told before the client goes, when it ends and when it moves.
+func TestHandledIsToldBeforeTheClose(t *testing.T) {
+	for _, way := range []string{"end", "move"} {
+		t.Run(way, func(t *testing.T) {
+			last := make(chan uint64, 1)
+			handled := make(chan struct{})
+			g := newGateway(t, func(n int, p *peer) {
+				p.hello()
+				if n > 1 {
+					p.next()
+					return
+				}
+				for i := range 3 {
+					p.send(`{"type":"new-message","message_id":"m%d","delivery_id":%d,"data":1}`, i+1, i+1)
+				}
+				if way == "move" {
+					<-handled
+					p.send(`{"type":"reconnect","data":{"retry_after_ms":0}}`)
+				}
+				var id uint64
+				for next, ok := p.nextAck(); ok; next, ok = p.nextAck() {
+					id = next
+				}
+				last <- id
+			})
+			c := start(t, Options{URLs: []string{g.url()}, AckDeliveries: true})
+			c.await(t, Connected)
+			c.mu.Lock()
+			s := c.session
+			c.mu.Unlock()
+			for s.acked.Load() != 3 {
+				time.Sleep(time.Millisecond / 10)
+			}
+			if close(handled); way == "end" {
+				c.stop()
+			}
+			select {
+			case id := <-last:
+				if id != 3 {
+					t.Errorf("acknowledged up to %d", id)
+				}
+			case <-time.After(patience):
+				t.Fatal("not closed")
+			}
+		})
+	}
+}
+
+// A gateway that reads nothing more does not hold the client: neither the ack nor the close is waited for.
+func TestDeadGatewayDoesNotHoldTheClose(t *testing.T) {
+	gone := make(chan struct{})
+	g := newGateway(t, func(_ int, p *peer) {
+		p.hello()
+		p.send(`{"type":"new-message","message_id":"m1","delivery_id":1,"data":1}`)
+		<-gone
+	})
+	handled := make(chan struct{})
+	c := start(t, Options{URLs: []string{g.url()}, AckDeliveries: true, Handle: func(Message) { close(handled) }})
+	<-handled
+	begun := time.Now()
+	c.stop()
+	c.ended(t)
+	close(gone)
+	if d := time.Since(begun); d > 4*closeTimeout { // by itself the library waits for 5 s
+		t.Errorf("Run took %s to end", d)
+	}
 }
 
 // A record is one whatever its type; the gateway's own frames have no message_id.

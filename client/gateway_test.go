@@ -159,6 +159,21 @@ func (p *peer) next() (frame, bool) {
 	return f, true
 }
 
+// nextAck is the next delivery that is acknowledged; nothing else may come.
+func (p *peer) nextAck() (uint64, bool) {
+	f, ok := p.next()
+	if !ok {
+		return 0, false
+	}
+	var d struct {
+		ID uint64 `json:"delivery_id"`
+	}
+	if err := json.Unmarshal(f.Data, &d); err != nil || f.Type != typeDeliveryAck {
+		panic(fmt.Sprintf("%s %s, %v", f.Type, f.Data, err))
+	}
+	return d.ID, true
+}
+
 func (p *peer) accept(id string) {
 	p.g.mu.Lock()
 	p.g.accepted = append(p.g.accepted, id)

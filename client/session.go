@@ -8,9 +8,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
-	"net/http/httptrace"
 	"net/url"
 	"strconv"
 	"strings"
@@ -26,6 +24,11 @@ const (
 	defaultHeartbeat = 30 * time.Second
 	closeTimeout     = time.Second // for the gateway's answer to our close
 	writeErrorWait   = time.Second // for the close code that explains a failed write
+
+	// Deliveries handled within ackDelay are acknowledged together, since each frame counts against the
+	// gateway's rate; so many of them at once, since it waits for the acks of 256 at most.
+	ackDelay = 20 * time.Millisecond
+	ackBatch = 64
 )
 
 var (
@@ -48,7 +51,6 @@ func (e *unavailableError) Error() string {
 type session struct {
 	c        *Client
 	ws       *websocket.Conn
-	raw      net.Conn
 	gateway  string
 	id       string
 	degraded bool
@@ -63,6 +65,10 @@ type session struct {
 	cut   context.CancelFunc
 	start time.Time
 	heard atomic.Int64 // ns after start of the last byte; -1 while Handle keeps us from reading
+
+	acked   atomic.Uint64 // the last delivery that was handled
+	told    uint64        // the last one that the gateway was told of; acks's, then run's
+	handled chan struct{} // one element: acked has changed
 
 	mu        sync.Mutex
 	leave     time.Time         // when to move on; zero: no hint came
@@ -98,10 +104,7 @@ func (c *Client) connect(ctx context.Context, address string, refused *refusal) 
 }
 
 func (c *Client) dial(ctx context.Context, address, token string) (*session, error) {
-	s := &session{c: c, start: time.Now(), expires: expiry(token)}
-	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn: func(i httptrace.GotConnInfo) { s.raw = i.Conn },
-	})
+	s := &session{c: c, start: time.Now(), expires: expiry(token), handled: make(chan struct{}, 1)}
 	o := &websocket.DialOptions{
 		HTTPClient:     c.http,
 		Subprotocols:   []string{c.opts.Format.subprotocol()},
@@ -122,7 +125,7 @@ func (c *Client) dial(ctx context.Context, address, token string) (*session, err
 		u.RawQuery = q.Encode()
 		address = u.String()
 	}
-	ws, resp, err := websocket.Dial(traced, address, o)
+	ws, resp, err := websocket.Dial(ctx, address, o)
 	if err != nil {
 		return nil, dialError(resp, err, token)
 	}
@@ -252,18 +255,22 @@ func (s *session) run(ctx context.Context) error {
 	wg.Go(s.send)
 	wg.Go(s.watch)
 	wg.Go(s.renew)
+	acks := make(chan struct{})
+	go func() { defer close(acks); s.acks() }()
 	<-s.ctx.Done()
 
 	err := context.Cause(s.ctx)
 	if ctx.Err() != nil || errors.Is(err, errMoved) {
-		// A proper close; answers that arrive meanwhile are still read.
-		if s.raw != nil {
-			_ = s.raw.SetDeadline(time.Now().Add(closeTimeout)) // else Close waits for seconds
-		}
+		// A proper close, after what was handled; answers that arrive meanwhile are still read.
+		t := time.AfterFunc(closeTimeout, s.cut) // who does not read cannot hold it
+		<-acks
+		_ = s.tellAcked() // the session ends either way
 		_ = s.ws.Close(websocket.StatusNormalClosure, "")
+		t.Stop()
 	}
 	s.cut()
 	_ = s.ws.CloseNow() // closed already, or not worth a handshake
+	<-acks
 	wg.Wait()
 	return err
 }
@@ -281,6 +288,10 @@ func (s *session) receive() error {
 }
 
 func (s *session) take(f frame) error {
+	if f.MessageID != "" { // a record, whatever its type; the gateway's own frames have none
+		s.deliver(f)
+		return nil
+	}
 	switch f.Type {
 	case typeMessageAck:
 		var a ack
@@ -288,10 +299,6 @@ func (s *session) take(f frame) error {
 			return fmt.Errorf("client: message-ack: %w", err)
 		}
 		if s.c.outbox.answer(a) {
-	if f.MessageID != "" { // a record, whatever its type; the gateway's own frames have none
-		s.deliver(f)
-		return nil
-	}
 			s.stored.Store(true)
 		}
 	case typeReconnect:
@@ -360,15 +367,54 @@ func (s *session) say(kind string, data []byte) error {
 	return s.write(b)
 }
 
-// acknowledge settles a delivery and those before it. After the session it does nothing: ids count
-// per session.
+// acknowledge lets acks settle a delivery and those before it. After the session it does nothing: ids
+// count per session.
 func (s *session) acknowledge(delivery uint64) {
 	if s.ctx.Err() != nil {
 		return
 	}
-	if err := s.say(typeDeliveryAck, fmt.Appendf(nil, `{"delivery_id":%d}`, delivery)); err != nil {
-		s.failWrite(err)
+	s.acked.Store(delivery)
+	select {
+	case s.handled <- struct{}{}:
+	default:
 	}
+}
+
+// acks tells the gateway what was handled.
+func (s *session) acks() {
+	t := time.NewTimer(forever)
+	defer t.Stop()
+	for {
+		select {
+		case <-s.handled:
+		case <-s.ctx.Done():
+			return
+		}
+		t.Reset(ackDelay)
+		for due := false; !due && s.acked.Load()-s.told < ackBatch; {
+			select {
+			case <-s.handled:
+			case <-t.C:
+				due = true
+			case <-s.ctx.Done():
+				return
+			}
+		}
+		if err := s.tellAcked(); err != nil {
+			s.failWrite(err)
+			return
+		}
+	}
+}
+
+// tellAcked writes a delivery-ack, if there is something to acknowledge.
+func (s *session) tellAcked() error {
+	delivery := s.acked.Load()
+	if delivery == s.told {
+		return nil
+	}
+	s.told = delivery
+	return s.say(typeDeliveryAck, fmt.Appendf(nil, `{"delivery_id":%d}`, delivery))
 }
 
 // failWrite ends the session for a failed write, unless the reader soon finds a better reason.
