@@ -1,10 +1,12 @@
 package engine
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log"
 	"net"
 	"net/http"
 	"net/http/pprof"
@@ -59,7 +61,7 @@ func NewAdmin(o AdminOptions) (http.Handler, error) {
 		}
 		writeAdmin(w, http.StatusOK, map[string]any{"ready": true})
 	})
-	mux.Handle("GET /metrics", promhttp.HandlerFor(o.Registry, promhttp.HandlerOpts{
+	mux.Handle("GET /metrics", promhttp.HandlerFor(prometheus.Gatherers{o.Registry, runtimeRegistry()}, promhttp.HandlerOpts{
 		ErrorLog: promLog{o.Logger}, ErrorHandling: promhttp.ContinueOnError,
 	}))
 	mux.HandleFunc("GET /ledger", func(w http.ResponseWriter, _ *http.Request) {
@@ -98,6 +100,19 @@ type promLog struct{ logger zerolog.Logger }
 // Println implements promhttp.Logger.
 func (l promLog) Println(v ...any) { l.logger.Warn().Msg(fmt.Sprint(v...)) }
 
+// adminLog carries net/http's complaints, mostly about clients, to our log.
+type adminLog struct{ logger zerolog.Logger }
+
+// Write implements io.Writer.
+func (l adminLog) Write(p []byte) (int, error) {
+	level := zerolog.DebugLevel
+	if bytes.HasPrefix(p, []byte("http: panic")) {
+		level = zerolog.ErrorLevel
+	}
+	l.logger.WithLevel(level).Str("detail", string(bytes.TrimSpace(p))).Msg("admin port")
+	return len(p), nil
+}
+
 const adminStop = time.Second
 
 // loopbackOnly answers requests that name a loopback host. A page of the web could have its own name point to
@@ -119,7 +134,7 @@ func loopbackOnly(h http.Handler) http.Handler {
 
 // ServeAdmin serves the operators' port on ln, which it closes, until ctx ends. It is the last to
 // stop, so that a drain can be watched.
-func ServeAdmin(ctx context.Context, ln net.Listener, h http.Handler) error {
+func ServeAdmin(ctx context.Context, ln net.Listener, h http.Handler, logger zerolog.Logger) error {
 	if a, ok := ln.Addr().(*net.TCPAddr); ok && a.IP.IsLoopback() {
 		h = loopbackOnly(h)
 	}
@@ -128,6 +143,7 @@ func ServeAdmin(ctx context.Context, ln net.Listener, h http.Handler) error {
 		ReadHeaderTimeout: 10 * time.Second, // a TLS handshake's time, too
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          log.New(adminLog{logger}, "", 0),
 	}
 	done := make(chan error, 1)
 	go func() { done <- server.Serve(ln) }()

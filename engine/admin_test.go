@@ -76,7 +76,7 @@ func TestAdmin(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- ServeAdmin(ctx, ln, h) }()
+	go func() { done <- ServeAdmin(ctx, ln, h, zerolog.Nop()) }()
 	client := &http.Client{}
 	named, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+ln.Addr().String()+"/healthz", nil)
 	if err != nil {
@@ -217,6 +217,7 @@ func TestAdminTLS(t *testing.T) {
 	cert, key := testCertificate(t, dir, "admin.test")
 	operatorCert, operatorKey := testCertificate(t, dir, "operator.test")
 	stranger, strangerKey := testCertificate(t, dir, "stranger.test")
+	out := &safeBuffer{}
 	get := func(files AdminTLS, client TLS) (int, error) {
 		t.Helper()
 		h, err := NewAdmin(AdminOptions{
@@ -236,7 +237,7 @@ func TestAdminTLS(t *testing.T) {
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		go func() { done <- ServeAdmin(ctx, ln, h) }()
+		go func() { done <- ServeAdmin(ctx, ln, h, zerolog.New(out)) }()
 		defer func() {
 			cancel()
 			if err := <-done; err != nil {
@@ -273,5 +274,8 @@ func TestAdminTLS(t *testing.T) {
 		if status, err := get(c.server, c.client); (err == nil && status == http.StatusOK) != c.ok {
 			t.Errorf("%s: %d, %v", c.name, status, err)
 		}
+	}
+	if lines := out.take(); !strings.Contains(lines, `"level":"debug","detail":"http: TLS handshake error`) {
+		t.Errorf("the log says %s", lines)
 	}
 }

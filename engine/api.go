@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -98,6 +99,7 @@ type API struct {
 	serving   atomic.Int64 // requests that count against MaxRequests
 	refused   prometheus.Counter
 	tooLarge  prometheus.Counter // bodies
+	panics    prometheus.Counter
 	logins    *logins
 	trouble   zerolog.Logger // sampled: an outage fails thousands of requests
 }
@@ -161,7 +163,10 @@ func NewAPI(o APIOptions) (*API, error) {
 		Name: "im_gateway_http_bodies_too_large_total",
 		Help: "Requests answered 413 because their body was larger than http.max_body_bytes, or the message than websocket.max_message_bytes.",
 	})
-	for _, c := range []prometheus.Collector{requests, seconds, a.refused, a.tooLarge} {
+	a.panics = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "im_gateway_http_panics_total", Help: "Panics caught in a request of the HTTP API.",
+	})
+	for _, c := range []prometheus.Collector{requests, seconds, a.refused, a.tooLarge, a.panics} {
 		if err := o.Registerer.Register(c); err != nil {
 			return nil, fmt.Errorf("register the HTTP API's metrics: %w", err)
 		}
@@ -289,6 +294,9 @@ func (c *call) dispatch() {
 func (c *call) finish(started time.Time) {
 	if p := recover(); p != nil && p != http.ErrAbortHandler { //nolint:errorlint // a panic's value
 		c.note = fmt.Errorf("panic: %v", p)
+		c.api.panics.Inc()
+		c.api.o.Logger.Error().Any("panic", p).Bytes("stack", debug.Stack()).Str("route", c.route.path).Str("request_id", c.id).
+			Msg("panic in a request of the HTTP API")
 		if c.status == 0 {
 			c.fail(http.StatusInternalServerError, "INTERNAL", "internal error")
 		}

@@ -490,7 +490,9 @@ func TestAPIRequestID(t *testing.T) {
 }
 
 func TestAPIPanic(t *testing.T) {
+	var log strings.Builder
 	a := testAPI(t, &fakeAuth{}, func(o *APIOptions) {
+		o.Logger = zerolog.New(&log)
 		o.Publisher = publisherFunc(func(context.Context, string, []byte) (Published, error) { panic("boom") })
 	})
 	w := do(a, "POST", "/api/messages", "{}", "Authorization: Bearer good")
@@ -499,6 +501,9 @@ func TestAPIPanic(t *testing.T) {
 	}
 	if n := a.serving.Load(); n != 0 {
 		t.Errorf("%d requests count as being served", n)
+	}
+	if n := testutil.ToFloat64(a.panics); n != 1 || !strings.Contains(log.String(), `"stack":"goroutine `) {
+		t.Errorf("%v panics counted: %s", n, log.String())
 	}
 }
 

@@ -315,6 +315,10 @@ type Redis struct {
 	Password string `koanf:"password" secret:"true"`
 	// The master's name; when set, redis.addrs are Sentinels.
 	SentinelMaster string `koanf:"sentinel_master"`
+	// The user to log in to the Sentinels as. Empty: the default user.
+	SentinelUsername string `koanf:"sentinel_username"`
+	// The Sentinels' password, where they have one of their own.
+	SentinelPassword string `koanf:"sentinel_password" secret:"true"`
 	// Whether redis.addrs are nodes of a Cluster.
 	Cluster bool `koanf:"cluster"`
 	// How long an entry outlives its last refresh: so long a crashed gateway's users look connected.

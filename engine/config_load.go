@@ -16,6 +16,7 @@ import (
 	"github.com/knadh/koanf/providers/confmap"
 	"github.com/knadh/koanf/providers/structs"
 	"github.com/knadh/koanf/v2"
+	"github.com/rs/zerolog"
 )
 
 const (
@@ -109,6 +110,7 @@ func (l *Loaded) load() error {
 		_, _ = l.files.read(path, maxSecretFile) // whether it can be read, validate finds out
 	}
 	ld.validate(&l.Config)
+	ld.validateKeys(&l.Config)
 	if len(ld.problems) > 0 {
 		return &ConfigError{Problems: ld.problems}
 	}
@@ -434,6 +436,23 @@ func (l *loader) validate(c *Config) {
 			p.Source = l.source[p.Key]
 			l.problems = append(l.problems, p)
 		}
+	}
+}
+
+// validateKeys looks into the files with public keys, unless something else is wrong with auth.
+func (l *loader) validateKeys(c *Config) {
+	if slices.ContainsFunc(l.problems, func(p Problem) bool { return strings.HasPrefix(p.Key, "auth.") }) {
+		return
+	}
+	own, key := c.Auth, "auth.public_key_file"
+	own.Issuers = nil
+	_, err := newTokenKeys(own, l.files, nil, nil, zerolog.Nop())
+	if err == nil {
+		key = "auth.issuers"
+		_, err = newTokenKeys(c.Auth, l.files, nil, nil, zerolog.Nop())
+	}
+	if err != nil {
+		l.problems = append(l.problems, Problem{Key: key, Source: l.source[key], Value: c.shown(key), Message: "does not work: " + err.Error()})
 	}
 }
 

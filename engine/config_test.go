@@ -124,6 +124,7 @@ drain: {window: 1m}
 
 func TestProblems(t *testing.T) {
 	cert, key := testCertificate(t, t.TempDir(), "localhost")
+	noKey := write(t, "none.pem", "no key")
 	for _, tc := range []struct {
 		name string
 		env  string // without IM_, several separated by blanks
@@ -168,14 +169,20 @@ func TestProblems(t *testing.T) {
 			"etcd.tls.enabled"},
 		{"tls file is no authority", "REDIS_TLS_ENABLED=true REDIS_TLS_CA_FILE=" + key, "redis.tls.enabled"},
 		{"tls file not there", "REDIS_TLS_ENABLED=true REDIS_TLS_CA_FILE=/nope", "redis.tls.ca_file"},
-		{"grpc open", "GRPC_ADDR=0.0.0.0:1", "grpc.addr"},
+		{"grpc open", "GRPC_ADDR=0.0.0.0:1", "grpc.token"},
 		{"grpc token", "GRPC_ADDR=:1 GRPC_TOKEN=t", ""},
-		{"grpc by name", "GRPC_ADDR=example.com:1", "grpc.addr"},
+		{"grpc by name", "GRPC_ADDR=example.com:1", "grpc.token"},
 		{"grpc loopback", "GRPC_ADDR=[::1]:1", ""},
 		{"grpc mutual", "GRPC_ADDR=:1 GRPC_TLS_REQUIRE_CLIENT_CERT=true GRPC_TLS_CA_FILE=" + cert +
 			" GRPC_TLS_CERT_FILE=" + cert + " GRPC_TLS_KEY_FILE=" + key, ""},
 		{"grpc mutual without files", "GRPC_TLS_REQUIRE_CLIENT_CERT=true", "grpc.tls.require_client_cert"},
 		{"admin tls", "ADMIN_TLS_CERT_FILE=" + cert + " ADMIN_TLS_KEY_FILE=" + key + " ADMIN_TLS_CLIENT_CA_FILE=" + cert, ""},
+		{"https", "HTTP_TLS_CERT_FILE=" + cert + " HTTP_TLS_KEY_FILE=" + key, ""},
+		{"https wrong way round", "HTTP_TLS_CERT_FILE=" + key + " HTTP_TLS_KEY_FILE=" + cert, "http.tls.cert_file"},
+		{"public key is none", "AUTH_ALGORITHM=RS256 AUTH_PUBLIC_KEY_FILE=" + noKey, "auth.public_key_file"},
+		{"public key of an issuer is none", "AUTH_ISSUER=a AUTH_ISSUERS=issuer=b,algorithms=RS256,public_key_file=" + noKey, "auth.issuers"},
+		{"sentinel login without sentinels", "REDIS_SENTINEL_PASSWORD=x", "redis.sentinel_master"},
+		{"sentinel login", "REDIS_SENTINEL_PASSWORD=x REDIS_SENTINEL_MASTER=m", ""},
 		{"admin tls half a pair", "ADMIN_TLS_CERT_FILE=" + cert, "admin.tls.cert_file"},
 		{"admin tls of clients only", "ADMIN_TLS_CLIENT_CA_FILE=" + cert, "admin.tls.client_ca_file"},
 		{"admin tls wrong way round", "ADMIN_TLS_CERT_FILE=" + key + " ADMIN_TLS_KEY_FILE=" + cert, "admin.tls.cert_file"},
@@ -197,6 +204,9 @@ func TestProblems(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			environ := []string{testSecret}
 			for _, e := range strings.Fields(tc.env) {
+				if name, value, _ := strings.Cut(e, "="); name == "AUTH_ISSUERS" {
+					e = name + "=" + strings.ReplaceAll(value, ",", " ") // one of them
+				}
 				environ = append(environ, "IM_"+e)
 			}
 			var keys []string

@@ -257,12 +257,17 @@ func (c *Config) problems() []Problem {
 		}
 	}
 	list = append(list, c.crossProblems()...)
-	all := options()
 	for i := range list {
-		at := slices.IndexFunc(all, func(o option) bool { return o.key == list[i].Key })
-		list[i].Value = all[at].shown(all[at].value(c).Interface())
+		list[i].Value = c.shown(list[i].Key)
 	}
 	return list
+}
+
+// shown is the value of a key for a person to read.
+func (c *Config) shown(key string) string {
+	all := options()
+	at := slices.IndexFunc(all, func(o option) bool { return o.key == key })
+	return all[at].shown(all[at].value(c).Interface())
 }
 
 // shown is v for a person to read: quoted where it is text, redacted where it is a secret.
@@ -323,6 +328,8 @@ func (c *Config) crossProblems() []Problem {
 	}
 	if t := &c.HTTP.TLS; (t.CertFile == "") != (t.KeyFile == "") {
 		add("http.tls.cert_file", "and http.tls.key_file must both be set, or neither")
+	} else if err := (AdminTLS{CertFile: t.CertFile, KeyFile: t.KeyFile}).loads(); err != nil {
+		add("http.tls.cert_file", "does not work: %v", err)
 	}
 	if h := &c.HTTP; h.WriteTimeout <= max(c.Logic.Deadline, c.Kafka.AckDeadline) {
 		add("http.write_timeout", "must be longer than logic.deadline, %s, and kafka.ack_deadline, %s",
@@ -362,6 +369,9 @@ func (c *Config) crossProblems() []Problem {
 		add("redis.cluster", "must not be true while redis.sentinel_master is set")
 	} else if !r.Cluster && r.SentinelMaster == "" && len(r.Addrs) > 1 {
 		add("redis.addrs", "must be one address, or set redis.cluster or redis.sentinel_master")
+	}
+	if r := &c.Redis; r.SentinelMaster == "" && (r.SentinelUsername != "" || r.SentinelPassword != "") {
+		add("redis.sentinel_master", "must be set for redis.sentinel_username and redis.sentinel_password to have an effect")
 	}
 	if r := &c.Redis; r.PresenceTTL < 2*r.RefreshInterval {
 		add("redis.presence_ttl", "must be at least twice redis.refresh_interval, %s", durationText(r.RefreshInterval))
@@ -437,7 +447,7 @@ func (c *Config) grpcProblems() []Problem {
 		add("grpc.tls.cert_file", "does not work: "+err.Error())
 	}
 	if g.Token == "" && !g.TLS.RequireClientCert && validListen(g.Addr) && !loopback(g.Addr) {
-		add("grpc.addr", "needs grpc.token or grpc.tls.require_client_cert, as it is not a loopback address")
+		add("grpc.token", "or grpc.tls.require_client_cert must be set, as grpc.addr is not a loopback address")
 	}
 	return list
 }

@@ -121,7 +121,7 @@ func New(loaded *Loaded, logger zerolog.Logger) (*Engine, error) {
 		return nil, err
 	}
 	e := &Engine{
-		cfg: cfg, loaded: loaded, metrics: newRegistry(), started: time.Now(),
+		cfg: cfg, loaded: loaded, metrics: prometheus.NewRegistry(), started: time.Now(),
 		ready:    NewReadiness(needEtcd, needKafka, needRedis, needKeys, needClients, needListener, needRegistry),
 		begin:    make(chan struct{}),
 		publicUp: make(chan struct{}),
@@ -178,9 +178,6 @@ func (e *Engine) Ready() <-chan struct{} { return e.ready.Done() }
 
 // HTTPAddr is the public port's address; call it after Ready.
 func (e *Engine) HTTPAddr() net.Addr { return e.httpAddr }
-
-// AdminAddr is the admin port's address; call it after Ready.
-func (e *Engine) AdminAddr() net.Addr { return e.adminAddr }
 
 // Abort ends Run at once: what is under way is given up. Any goroutine may call it.
 func (e *Engine) Abort() { e.abort() }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -59,6 +60,7 @@ type GRPCServer struct {
 	acting *actingToken
 	logger zerolog.Logger
 	calls  *rpcs
+	panics prometheus.Counter
 }
 
 // NewGRPCServer returns a server that is not listening. It refuses to be reachable from other
@@ -80,6 +82,12 @@ func NewGRPCServer(o GRPCOptions) (*GRPCServer, error) {
 	var err error
 	if s.calls, err = newRPCs("grpc", "to the gRPC server", o.Registerer); err != nil {
 		return nil, err
+	}
+	s.panics = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "im_gateway_grpc_panics_total", Help: "Panics caught in a call to the gRPC server.",
+	})
+	if err := o.Registerer.Register(s.panics); err != nil {
+		return nil, fmt.Errorf("register the metrics of the gRPC server: %w", err)
 	}
 	calls := []grpc.UnaryServerInterceptor{s.unary}
 	if o.Tracer != nil {
@@ -170,7 +178,8 @@ func (s *GRPCServer) stream(server any, stream grpc.ServerStream, info *grpc.Str
 // ended counts a call; began is zero for a stream, whose length says nothing.
 func (s *GRPCServer) ended(method string, began time.Time, panicked any, err error) error {
 	if panicked != nil {
-		s.logger.Error().Str("method", method).Any("panic", panicked).Msg("panic in a gRPC call")
+		s.panics.Inc()
+		s.logger.Error().Any("panic", panicked).Bytes("stack", debug.Stack()).Str("method", method).Msg("panic in a gRPC call")
 		err = status.Error(codes.Internal, "internal error")
 	}
 	s.calls.ended(method, began, err)

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/rs/zerolog"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -164,7 +165,7 @@ func TestGatewayServiceRefuses(t *testing.T) {
 }
 
 func TestKickSessionsStats(t *testing.T) {
-	_, conn := grpcServer(t, &fakeSessions{
+	server, conn := grpcServer(t, &fakeSessions{
 		kick: func(user, session string, replaced bool, reason string) (int, error) {
 			switch user {
 			case "slow":
@@ -194,6 +195,9 @@ func TestKickSessionsStats(t *testing.T) {
 		if _, err := client.Kick(t.Context(), &gatewaypb.KickRequest{UserId: user}); status.Code(err) != want {
 			t.Errorf("kick of %s: %v, want %s", user, err, want)
 		}
+	}
+	if n := testutil.ToFloat64(server.panics); n != 1 {
+		t.Errorf("%v panics counted", n)
 	}
 	g, err := client.GetSession(t.Context(), &gatewaypb.GetSessionRequest{UserId: "a"})
 	if err != nil || g.GetGatewayId() != "g-1" || len(g.GetSessions()) != 1 || g.GetSessions()[0].GetMessagesIn() != 3 {

@@ -35,7 +35,7 @@ func (a *Account) balance() {
 }
 
 // ledgerReads is how often the counters are read until they agree: they go on while they are read.
-const ledgerReads = 20
+const ledgerReads = 5
 
 // ReadLedger reads the ledger. Any goroutine may call it.
 func ReadLedger(from prometheus.Gatherer) (l Ledger, err error) {

@@ -27,6 +27,7 @@ import (
 	"github.com/lestrrat-go/jwx/v2/jwa"
 	"github.com/lestrrat-go/jwx/v2/jwk"
 	"github.com/lestrrat-go/jwx/v2/jwt"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
@@ -123,7 +124,7 @@ func runningMetrics(t *testing.T) map[string]*dto.MetricFamily {
 	var families map[string]*dto.MetricFamily
 	late := time.After(metricsPatience)
 	for {
-		list, err := e.metrics.Gather()
+		list, err := prometheus.Gatherers{e.metrics, runtimeRegistry()}.Gather()
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -325,7 +325,7 @@ func TestReloadOfTokens(t *testing.T) {
 		}
 	}
 	r.write("gateway.yaml", base+"grpc: {addr: \":9080\", token: \"\"}\n")
-	if text := r.again(); !strings.Contains(text, "grpc.addr") {
+	if text := r.again(); !strings.Contains(text, "grpc.token") {
 		t.Errorf("open without a token: %s", text)
 	}
 }

@@ -68,7 +68,7 @@ func (e *Engine) startAdmin(context.Context) error {
 		}
 	}
 	e.log.Info().Stringer("addr", e.adminAddr).Msg("admin port listens")
-	e.goTask("admin", func(ctx context.Context) error { return ServeAdmin(ctx, ln, h) })
+	e.goTask("admin", func(ctx context.Context) error { return ServeAdmin(ctx, ln, h, e.log) })
 	return nil
 }
 
@@ -222,7 +222,8 @@ func (e *Engine) startRedis(ctx context.Context) error {
 		if e.redis == nil {
 			client, err := registry.DialRedis(registry.RedisOptions{
 				Addrs: r.Addrs, Username: r.Username, Password: r.Password,
-				SentinelMaster: r.SentinelMaster, Cluster: r.Cluster, TLS: tlsConfig,
+				SentinelMaster: r.SentinelMaster, SentinelUsername: r.SentinelUsername, SentinelPassword: r.SentinelPassword,
+				Cluster: r.Cluster, TLS: tlsConfig,
 			})
 			if err != nil {
 				return err

@@ -49,8 +49,11 @@ func (e *Engine) stop(failure error) {
 			e.log.Warn().Err(err).Msg("public port not stopped in order")
 		}
 	}
-	for _, name := range []string{"grpc", "public port", "start grace", "kafka consumer", "kafka producer", "peers", "presence", "shards", "tracing", "gateways", "owner"} {
+	for _, name := range []string{"grpc", "public port", "start grace", "kafka consumer", "kafka producer", "peers", "presence", "reloads", "deny list", "memory", "shards", "tracing", "gateways", "owner"} {
 		e.task(name).end(ctx)
+	}
+	for _, t := range e.keyTasks { // nobody adds to them any more
+		t.end(ctx)
 	}
 	for _, d := range e.dependencies.states() {
 		e.task(watchTask + d.Name).end(ctx) // nobody asks what is closed next

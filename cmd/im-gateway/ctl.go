@@ -239,6 +239,10 @@ func (c *ctl) parse(args []string) (command *ctlCommand, rest []string, err erro
 		return command, nil, fmt.Errorf("-o %s: must be text or json", c.output)
 	case c.timeout <= 0:
 		return command, nil, fmt.Errorf("-timeout %s: must be positive", c.timeout)
+	case command.name == "top" && (c.limit < 1 || c.limit > 100):
+		return command, nil, fmt.Errorf("-n %d: must be 1 to 100", c.limit)
+	case command.name == "top" && (c.window < 100*time.Millisecond || c.window > 30*time.Second):
+		return command, nil, fmt.Errorf("-window %s: must be 100ms to 30s", c.window)
 	}
 	return command, rest, nil
 }

@@ -29,9 +29,9 @@ func (t ctlTLS) given() bool { return t != ctlTLS{} }
 
 // dial makes the connection, which connects with the first call.
 func (c *ctl) dial() (*grpc.ClientConn, error) {
-	keys := []string{"grpc.addr", "admin.token", "grpc.token", "grpc.tls"}
-	if c.tokenFile != "" {
-		keys = []string{"grpc.addr", "grpc.tls"}
+	keys := []string{"grpc.addr", "grpc.tls"}
+	if c.tokenFile == "" {
+		keys = append(keys, "admin.token", "grpc.token")
 	}
 	cfg, err := engine.LoadPart(engine.Sources{File: c.config, Environ: c.environ}, keys...)
 	if err != nil {

@@ -217,6 +217,7 @@ func TestCtlFindsItsWay(t *testing.T) {
 	}
 	file := write("token", "from-a-file\n")
 	config := write("gateway.yaml", "grpc: {addr: \":"+port+"\", token: gateways}\nadmin: {token_file: "+write("t2", "of-the-config")+"}\nlog: {level: loud}\n")
+	unreadable := write("unreadable.yaml", "grpc: {addr: \":"+port+"\", token_file: /none}\n")
 	for _, tc := range []struct {
 		name    string
 		environ []string
@@ -228,6 +229,7 @@ func TestCtlFindsItsWay(t *testing.T) {
 		{"operators' token", []string{"IM_GRPC_ADDR=" + addr, "IM_GRPC_TOKEN=gw", "IM_ADMIN_TOKEN=op"}, nil, "Bearer op"},
 		{"operators' token in a file", []string{"IM_ADMIN_TOKEN_FILE=" + file}, []string{"-addr", addr}, "Bearer from-a-file"},
 		{"file of the flag", []string{"IM_ADMIN_TOKEN=op", "IM_NONSENSE=1"}, []string{"-addr", addr, "-token-file", file}, "Bearer from-a-file"},
+		{"file of the flag, the gateway's is not for us", nil, []string{"-config", unreadable, "-token-file", file}, "Bearer from-a-file"},
 		// The rest of the configuration may be as bad as it likes.
 		{"the gateway's configuration", nil, []string{"-config", config}, "Bearer of-the-config"},
 	} {
@@ -254,6 +256,9 @@ func TestCtlUsage(t *testing.T) {
 		"status -reason x":                "-reason", // a flag of kick's
 		"status -timeout 0s":              "must be positive",
 		"status -timeout soon":            "soon",
+		"top -n 0":                        "must be 1 to 100",
+		"top -n 4294967297":               "must be 1 to 100",
+		"top -window 500us":               "must be 100ms to 30s",
 		"status -token hunter2":           "every user of this machine can read flags",
 		"-token=hunter2 status":           "every user of this machine can read flags",
 		"status -token-file /none":        "-token-file: open /none",
