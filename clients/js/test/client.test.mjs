@@ -198,7 +198,7 @@ played("what is refused for good, too large, too much, twice there or no message
   await one;
   const circle = {};
   circle.circle = circle;
-  for (const [type, data, id] of [["ping", 1], ["", 1], ["delivery-ack", 1], ["refresh-token", 1], ["t", 1n], ["t", circle],
+  for (const [type, data, id] of [["ping", 1], ["", 1], ["delivery-ack", 1], ["refresh-token", 1], [undefined, 1], [7, 1], ["t", 1n], ["t", circle],
     ["t", 1, ""], ["t", 1, "a\n"], ["t", 1, "x".repeat(129)], ["t", 1, "\ud800"], ["t", 1, "ü".repeat(65)]]) {
     await refused(client.send(type, data, id), "INVALID_MESSAGE");
   }
@@ -502,6 +502,32 @@ for (const [tokenIn, protocols, headers, query] of [
   });
 }
 
+for (const code of ["RATE_LIMITED", "OVERLOADED", "AUTH_FAILED"]) {
+  const reasons = [];
+  played(`a refresh that is answered ${code} is asked for again`, {
+    token: (reason) => { reasons.push(reason); return jwt(100); },
+  }, async ({ open, errors }) => {
+    const s = await open();
+    const refreshes = () => s.sent.filter((f) => f.type === "refresh-token").length;
+    const alive = async (ms) => {
+      for (; ms > 0; ms -= 500) {
+        await tick(500);
+        s.say("pong");
+      }
+    };
+    await alive(81_000);
+    assert.equal(refreshes(), 1);
+    s.say("error", { code, message: "why" });
+    await alive(16_000);
+    assert.equal(refreshes(), 2);
+    s.say("token-refreshed", { expires_at: Date.now() + 3_600_000 });
+    await alive(60_000);
+    assert.equal(refreshes(), 2);
+    assert.deepEqual(reasons, ["connect", "expiring", "expiring"]);
+    assert.deepEqual(errors.map((e) => e.code), [code]);
+  });
+}
+
 {
   let calls = 0;
   played("a token callback that fails is asked again while the old token lasts", {
@@ -658,7 +684,30 @@ played("a flood of records is acknowledged in few frames", { ackDeliveries: true
   }
   await tick(20);
   assert.equal(s.last.data.delivery_id, 5_000);
-  assert.equal(s.sent.length, 1);
+  assert.equal(s.sent.length, Math.ceil(5_000 / 64));
+});
+
+played("many records at once are acknowledged before their time", { ackDeliveries: true }, async ({ open }) => {
+  const s = await open();
+  for (let i = 1; i <= 200; i++) s.say("new-message", {}, { message_id: "m-" + i, delivery_id: i });
+  await turn();
+  assert.deepEqual(s.sent.map((f) => f.data.delivery_id), [64, 128, 192]);
+  await tick(20);
+  assert.deepEqual(s.sent.map((f) => f.data.delivery_id), [64, 128, 192, 200]);
+});
+
+played("a record is one whatever its type", {}, async ({ client, open, sockets, errors }) => {
+  const types = ["message-ack", "reconnect", "token-refreshed", "error", "connected", "pong"];
+  const got = [];
+  client.on("message", (m) => { got.push(m.type); });
+  const sent = client.send("t", 1, "m-1");
+  const s = await open();
+  for (const type of types) s.say(type, { client_msg_id: "m-1", status: "success", retry_after_ms: 0 }, { message_id: "r-" + type });
+  assert.equal(await settled(sent), "pending");
+  await tick(3_000);
+  assert.deepEqual([got, sockets.length, errors], [types, 1, []]);
+  s.ack("m-1", { offset: 7 });
+  assert.equal((await sent).offset, 7);
 });
 
 played("records of a connection that is gone are handled, and not acknowledged to another", { ackDeliveries: true }, async ({ client, open, sockets }) => {

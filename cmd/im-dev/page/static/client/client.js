@@ -10,7 +10,8 @@ const HEARTBEAT_MS = 30_000; // when the gateway names none that makes sense
 const HEARTBEAT_MIN_MS = 100;
 const WAKE_MS = 10_000; // for an answer when the device has woken up or changed its network
 const LEAVE_MS = 2_000; // for outstanding answers, when moving to another gateway
-const ACKS_MS = 20; // deliveries of so long are acknowledged together
+const ACKS_MS = 20; // deliveries of so long are acknowledged together,
+const ACKS = 64; // or so many: the gateway waits for the acks of 256
 const HELD = 256; // records that listeners may be behind; the gateway waits for no more acks than that
 const SEEN = 1_024; // message ids remembered
 const TOKEN_TRIES = 2; // other tokens tried, in a row, after a refused one
@@ -34,6 +35,7 @@ export class Client {
     #ws = null;
     #session = null;
     #ackId = 0; // the last delivery to acknowledge
+    #acks = 0; // how many those are
     #timers = {};
     #outbox;
     #prefix;
@@ -102,7 +104,7 @@ export class Client {
         return Object.assign(this.#queue(type, data, messageId), { messageId });
     }
     async #queue(type, data, messageId) {
-        if (OWN.has(type))
+        if (typeof type !== "string" || OWN.has(type))
             throw new ClientError("INVALID_MESSAGE", `a message cannot be of type "${type}"`);
         if (!plain(messageId))
             throw new ClientError("INVALID_MESSAGE", "messageId must be 1 to 128 bytes without control characters");
@@ -300,6 +302,8 @@ export class Client {
         this.#stop(error);
     }
     #take(frame, token) {
+        if (frame.message_id)
+            return this.#delivered(frame); // whatever its type; the gateway's own frames have none
         switch (frame.type) {
             case "connected": return this.#connected(fields(frame), token);
             case "message-ack":
@@ -361,7 +365,7 @@ export class Client {
         });
     }
     // #refreshAt asks for a new token ahead of expires (Unix ms), by a fifth of what is left or a minute, and
-    // again in what is left then if the callback fails. Past that the gateway closes with 4502.
+    // again in what is left then unless token-refreshed comes. Past that the gateway closes with 4502.
     #refreshAt(expires) {
         const left = expires - Date.now();
         if (!(left > 0))
@@ -375,9 +379,9 @@ export class Client {
             }
             catch (cause) {
                 this.#report(new ClientError("TOKEN", "the token callback failed", undefined, { cause }));
-                if (generation === this.#generation)
-                    this.#refreshAt(expires);
             }
+            if (generation === this.#generation)
+                this.#refreshAt(expires); // the gateway may refuse, or put it off
         });
     }
     // --- receiving ---
@@ -402,14 +406,17 @@ export class Client {
             if (generation !== this.#generation)
                 return;
             this.#ackId = id;
-            if (!this.#timers.acks)
+            if (++this.#acks >= ACKS)
+                this.#acknowledge();
+            else if (!this.#timers.acks)
                 this.#after("acks", ACKS_MS, () => this.#acknowledge());
         });
     }
     #acknowledge() {
         if (this.#ackId > 0)
             this.#write({ type: "delivery-ack", data: `{"delivery_id":${this.#ackId}}` });
-        this.#ackId = 0;
+        this.#ackId = this.#acks = 0;
+        this.#cancel("acks");
     }
     // #first reports whether a message id is new; one that is missing always is.
     #first(id) {
