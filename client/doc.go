@@ -10,7 +10,11 @@
 //	p, err := c.Send(client.Envelope{Type: "send-message", Data: data})
 //	receipt, err := p.Wait(ctx)
 //
-// Programs to begin with are in client/examples: chat, echo and notify.
+// Programs to begin with are in client/examples: chat, echo and notify. The module is on no proxy;
+// another one takes it from a clone:
+//
+//	go mod edit -require=im-gateway@v0.0.0 -replace=im-gateway=../im-gateway
+//	go mod tidy
 //
 // # Sending
 //
@@ -44,9 +48,9 @@
 // # Receiving
 //
 // Options.Handle gets the messages one by one, in order. A message_id among the last 1,024 is
-// dropped. With Options.AckDeliveries the gateway holds a message until Handle has returned; without
-// it, what lay in socket buffers when a connection broke is gone. The gateway keeps no history:
-// after each [Connected] ask im-logic for what was missed.
+// dropped. With Options.AckDeliveries the gateway holds a message until Handle has returned, which it is
+// told within 20 ms; without it, what lay in socket buffers when a connection broke is gone. The
+// gateway keeps no history: after each [Connected] ask im-logic for what was missed.
 //
 // # Connecting
 //
