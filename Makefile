@@ -37,7 +37,7 @@ kafka:
 	@test -d .cache/kafka-* || $(GO) run ./test/servers/cmd/withkafka true
 
 test-fast: ## unit tests and end to end on embedded servers; needs only Go
-	$(GO) test ./bench/... ./broker/... ./cmd/... ./codec ./engine/... ./registry/... ./shard/... ./transport/...
+	$(GO) test ./bench/... ./broker/... ./client/... ./cmd/... ./codec ./engine/... ./registry/... ./shard/... ./transport/...
 	$(GO) test -count=1 -timeout $(TIMEOUT) -skip 'InChromium|TestBehind' ./test/e2e -backend=embedded
 
 test-unit:
