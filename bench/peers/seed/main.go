@@ -1,6 +1,6 @@
-// Command seed is the gateway of the original plan, written with care: gin and gorilla/websocket
-// with a read and a write pump per connection, kafka-go, rueidis, viper and zap. It speaks the part
-// of the gateway's protocol that the load generator uses.
+// Command seed is a gateway on a conventional stack, written with care: gin, gorilla/websocket with a
+// read and a write pump per connection, kafka-go, rueidis, viper and zap. It speaks the part of the
+// gateway's protocol that the load generator uses.
 package main
 
 import (
