@@ -55,7 +55,7 @@ $(specs): test/specs/package-lock.json
 
 test-real:
 	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./registry/...
-	$(GO) run ./test/servers/cmd/withkafka $(GO) test -count=1 -timeout $(TIMEOUT) -tags realkafka,kafkaoutage ./broker
+	$(GO) run ./test/servers/cmd/withkafka $(GO) test -count=1 -timeout $(TIMEOUT) -tags realkafka,kafkaoutage -run "Real|Kafka|ThroughADeath" ./broker
 	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./test/e2e -backend=real
 
 test-chaos:

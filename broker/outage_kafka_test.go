@@ -305,19 +305,23 @@ func outage(t *testing.T, perSecond int, away time.Duration, begin, end func(*ka
 }
 
 func TestKafkaKilledAndRestarted(t *testing.T) {
+	t.Parallel() // each has a Kafka of its own
 	outage(t, 5000, 10*time.Second, (*kafka).kill, (*kafka).start)
 }
 
 func TestKafkaKilledForLongUnderMoreLoadThanTheCapsHold(t *testing.T) {
+	t.Parallel() // each has a Kafka of its own
 	outage(t, 10000, 30*time.Second, (*kafka).kill, (*kafka).start)
 }
 
 func TestKafkaFrozen(t *testing.T) {
+	t.Parallel() // each has a Kafka of its own
 	outage(t, 5000, 30*time.Second,
 		func(k *kafka) { k.signal(syscall.SIGSTOP) }, func(k *kafka) { k.signal(syscall.SIGCONT) })
 }
 
 func TestCloseWhileKafkaIsDeadOrFrozen(t *testing.T) {
+	t.Parallel() // each has a Kafka of its own
 	for name, begin := range map[string]func(*kafka){
 		"dead":   (*kafka).kill,
 		"frozen": func(k *kafka) { k.signal(syscall.SIGSTOP) },
@@ -364,6 +368,7 @@ func TestCloseWhileKafkaIsDeadOrFrozen(t *testing.T) {
 
 // What the consumer reads through a broker's death: everything at least once.
 func TestConsumerThroughADeath(t *testing.T) {
+	t.Parallel() // each has a Kafka of its own
 	k := newKafka(t)
 	opts := k.options(t)
 	d := &desk{auto: codec.EndDelivered}
