@@ -191,6 +191,16 @@ var rows = []row{
 		refusals: true, during: fanOut,
 	},
 	{
+		name: "never-reading event streams", what: "the same by GET /sse", hold: 15 * time.Second,
+		limit:    "websocket.node_egress_budget_bytes, egress_budget_bytes",
+		spec:     attack.Spec{Kind: "dead streams", N: 2000},
+		settings: map[string]string{"websocket.node_egress_budget_bytes": "64MiB"},
+		// Two seconds after its end a connection is gone, with the code that nobody has read.
+		expect: []string{ended}, allow: []string{"close 4000", open, reset},
+		moved:    []string{counter(closes, "code", "4000")},
+		refusals: true, during: fanOut,
+	},
+	{
 		name: "deflate bombs", what: "compressed messages that inflate to 32 MiB, whole and in pieces, reconnecting", hold: 10 * time.Second,
 		limit:    "websocket.max_message_bytes, after inflating",
 		spec:     attack.Spec{Kind: "bombs", N: 100, Again: true},

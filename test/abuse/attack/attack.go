@@ -5,6 +5,7 @@ package attack
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -298,6 +299,24 @@ func (c *conn) outcome() string {
 		default:
 			if _, err := io.CopyN(io.Discard, c.r, h.Length); err != nil {
 				return outcomeOf(c.ctx, err, "unreadable frame")
+			}
+		}
+	}
+}
+
+// streamOutcome reads an event stream until the event that closes it, or its end.
+func (c *conn) streamOutcome() string {
+	closing := false
+	for {
+		line, err := c.r.ReadSlice('\n')
+		switch {
+		case err != nil && !errors.Is(err, bufio.ErrBufferFull): // of a long line the rest comes next
+			return outcomeOf(c.ctx, err, "unreadable stream")
+		case bytes.HasPrefix(line, []byte("event: close")):
+			closing = true
+		case closing:
+			if _, code, ok := bytes.Cut(line, []byte(`"code":`)); ok {
+				return "close " + string(code[:min(4, len(code))])
 			}
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -94,6 +95,12 @@ func TestOutcomes(t *testing.T) {
 		"code behind frames": {"app pings",
 			upgrade(textFrame(`{"type":"error","data":{"code":"RATE_LIMITED"}}`) + closeFrame(1008)), "close 1008"},
 		"no code": {"pings", upgrade(""), ended},
+		"code of a stream": {"dead streams", func(c net.Conn, r *bufio.Reader) {
+			_, _ = http.ReadRequest(r)
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\ndata: \"event: close\"\n\ndata: {"+strings.Repeat("x", 2000)+
+				"}\n\nevent: close\nretry: 1\ndata: {\"code\":4000,\"reason\":\"why\"}\n\n")
+			_, _ = io.Copy(io.Discard, r)
+		}, "close 4000"},
 		"reset": {"hold", func(c net.Conn, r *bufio.Reader) { // a write would be told of the reset first
 			_, _ = http.ReadRequest(r)
 			_, _ = io.WriteString(c, "HTTP/1.1 101 X\r\n\r\n")
@@ -113,7 +120,7 @@ func TestOutcomes(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			ready := func() {}
-			if c.want == stillOpen {
+			if c.want == stillOpen || c.kind == "dead streams" {
 				ready = cancel
 			}
 			got, err := Run(ctx, Spec{Kind: c.kind, N: 1, Addr: serve(t, c.server), Pace: time.Millisecond}, ready)

@@ -24,6 +24,7 @@ var kinds = map[string]func(context.Context, *attacker) string{
 	"slow heads":     slowHeads,
 	"slow bodies":    slowBodies,
 	"never read":     neverRead,
+	"dead streams":   deadStreams,
 	"pings":          pings,
 	"app pings":      appPings,
 	"messages":       messages,
@@ -89,6 +90,27 @@ func neverRead(ctx context.Context, a *attacker) string {
 	c.ctx = context.WithoutCancel(ctx)
 	_ = c.SetDeadline(time.Now().Add(3 * time.Second))
 	return c.outcome()
+}
+
+// deadStreams is neverRead by event streams.
+func deadStreams(ctx context.Context, a *attacker) string {
+	c, outcome := a.dial(ctx, 4<<10)
+	if c == nil {
+		return outcome
+	}
+	defer c.hangUp()
+	if _, err := c.Write([]byte("GET /sse HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer " + a.token() + "\r\n\r\n")); err != nil {
+		return outcomeOf(ctx, err, reset)
+	}
+	if outcome := c.response(); outcome != "HTTP 200" {
+		return outcome
+	}
+	c.detach()
+	a.begun()
+	<-ctx.Done()
+	c.ctx = context.WithoutCancel(ctx)
+	_ = c.SetDeadline(time.Now().Add(3 * time.Second))
+	return c.streamOutcome()
 }
 
 // pings are WebSocket pings, as many as the pace allows.
