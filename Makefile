@@ -85,7 +85,7 @@ test-docs: build kafka ## links of all documents, and the commands of the tutori
 abuse: ## abuse a gateway beside well-behaved users and write what each abuse met; needs kafka, etcd, redis and root, takes about 12 minutes
 	$(GO) run ./test/abuse -out docs/abuse $(ABUSE_ARGS)
 
-bench: build ## measure this gateway and its peers side by side; needs kafka, etcd, redis and strace, takes about an hour
+bench: build ## measure this gateway and its peers side by side; needs kafka, etcd, redis and strace, takes half an hour
 	cd bench/peers && $(GO) build -o ../../bin/peers/ ./...
 	$(GO) run ./bench/suite $(BENCH_ARGS)
 
