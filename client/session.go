@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"strconv"
 	"strings"
@@ -63,6 +65,7 @@ type session struct {
 	end   context.CancelCauseFunc
 	io    context.Context // of reads and writes; its end cuts the connection
 	cut   context.CancelFunc
+	raw   net.Conn // below ws; nil: a transport of the caller's does not tell it
 	start time.Time
 	heard atomic.Int64 // ns after start of the last byte; -1 while Handle keeps us from reading
 
@@ -105,6 +108,9 @@ func (c *Client) connect(ctx context.Context, address string, refused *refusal) 
 
 func (c *Client) dial(ctx context.Context, address, token string) (*session, error) {
 	s := &session{c: c, start: time.Now(), expires: expiry(token), handled: make(chan struct{}, 1)}
+	traced := httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(i httptrace.GotConnInfo) { s.raw = i.Conn },
+	})
 	o := &websocket.DialOptions{
 		HTTPClient:     c.http,
 		Subprotocols:   []string{c.opts.Format.subprotocol()},
@@ -125,7 +131,7 @@ func (c *Client) dial(ctx context.Context, address, token string) (*session, err
 		u.RawQuery = q.Encode()
 		address = u.String()
 	}
-	ws, resp, err := websocket.Dial(ctx, address, o)
+	ws, resp, err := websocket.Dial(traced, address, o)
 	if err != nil {
 		return nil, dialError(resp, err, token)
 	}
@@ -262,7 +268,7 @@ func (s *session) run(ctx context.Context) error {
 	err := context.Cause(s.ctx)
 	if ctx.Err() != nil || errors.Is(err, errMoved) {
 		// A proper close, after what was handled; answers that arrive meanwhile are still read.
-		t := time.AfterFunc(closeTimeout, s.cut) // who does not read cannot hold it
+		t := time.AfterFunc(closeTimeout, s.abandon) // who does not read cannot hold it
 		<-acks
 		_ = s.tellAcked() // the session ends either way
 		_ = s.ws.Close(websocket.StatusNormalClosure, "")
@@ -273,6 +279,15 @@ func (s *session) run(ctx context.Context) error {
 	<-acks
 	wg.Wait()
 	return err
+}
+
+// abandon ends what waits for the gateway: our own reads and writes, and those of a close under way, which
+// else wait for 5 s.
+func (s *session) abandon() {
+	s.cut()
+	if s.raw != nil {
+		_ = s.raw.SetDeadline(time.Unix(1, 0)) // it is closed next, whatever this says
+	}
 }
 
 func (s *session) receive() error {
