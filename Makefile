@@ -56,6 +56,7 @@ $(specs): test/specs/package-lock.json
 test-real:
 	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./registry/...
 	$(GO) run ./test/servers/cmd/withkafka $(GO) test -count=1 -timeout $(TIMEOUT) -tags realkafka,kafkaoutage -run "Real|Kafka|ThroughADeath" ./broker
+	$(GO) run ./test/servers/cmd/withkafka -redis $(GO) -C bench/peers test -count=1 -timeout $(TIMEOUT) -run 'TestSeed|TestSarama' .
 	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./test/e2e -backend=real
 
 test-chaos:

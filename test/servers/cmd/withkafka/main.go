@@ -4,7 +4,7 @@
 //
 // The command finds the broker, host:port, in IM_TEST_KAFKA, the directory of Kafka's jars in
 // IM_TEST_KAFKA_LIBS, and in IM_TEST_KAFKA_SASL, _USER and _PASSWORD the listener that asks for a login,
-// and one. The exit code is the command's.
+// and one. With -redis before the command there is a Redis, too, at IM_TEST_REDIS. The exit code is the command's.
 package main
 
 import (
@@ -32,8 +32,12 @@ func main() {
 
 // run returns the command's exit code; an error means that there was none.
 func run(ctx context.Context, args []string) (code int, err error) {
+	redis := len(args) > 0 && args[0] == "-redis"
+	if redis {
+		args = args[1:]
+	}
 	if len(args) == 0 {
-		return 0, errors.New("usage: withkafka COMMAND [ARGUMENT...]")
+		return 0, errors.New("usage: withkafka [-redis] COMMAND [ARGUMENT...]")
 	}
 	dir, err := os.MkdirTemp("", "withkafka-")
 	if err != nil {
@@ -49,6 +53,14 @@ func run(ctx context.Context, args []string) (code int, err error) {
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.Env = append(os.Environ(), "IM_TEST_KAFKA="+k.Broker, "IM_TEST_KAFKA_LIBS="+k.Libs,
 		"IM_TEST_KAFKA_SASL="+k.SASLBroker, "IM_TEST_KAFKA_USER="+k.User, "IM_TEST_KAFKA_PASSWORD="+k.Password)
+	if redis {
+		r, err := servers.StartRedis(ctx, dir, "")
+		if err != nil {
+			return 0, err
+		}
+		defer r.Kill()
+		cmd.Env = append(cmd.Env, "IM_TEST_REDIS="+r.Addr)
+	}
 	err = cmd.Run()
 	var exit *exec.ExitError
 	switch {
