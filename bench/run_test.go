@@ -130,7 +130,7 @@ func testOptions(scenario, url string, kafka []string) Options {
 	o := DefaultOptions()
 	o.Scenario, o.URLs, o.Kafka = scenario, []string{url}, kafka
 	o.Users, o.Rates = 4, []Rate{{200, 200}}
-	o.Warmup, o.Duration, o.Settle = 100*time.Millisecond, 400*time.Millisecond, 20*time.Second
+	o.Warmup, o.Duration, o.Settle = 100*time.Millisecond, 400*time.Millisecond, time.Minute
 	o.Group = Fixed(2)
 	for n := range o.Users {
 		o.Tokens.given = append(o.Tokens.given, o.user(n))
@@ -151,7 +151,7 @@ func runOne(t *testing.T, o Options) *report.Report {
 }
 
 // unanswered is Options.Settle where something is never answered.
-const unanswered = 500 * time.Millisecond
+const unanswered = 2 * time.Second
 
 // Each way to break a promise fails the check of that promise and no other.
 func TestUpstreamChecks(t *testing.T) {

@@ -24,7 +24,7 @@ func TestMain(m *testing.M) {
 }
 
 const (
-	testTimeout = 20 * time.Second
+	testTimeout = 60 * time.Second
 	testShards  = 3
 	testGateway = "gw-1"
 	upTopic     = "up"

@@ -257,7 +257,7 @@ func TestCloseFlushes(t *testing.T) {
 	p := startProducer(t, opts, got.take)
 	publish(t, p, newUpstream(t, "alice", "c-1", `1`))
 	p.UserEvent(true, "alice", codec.MakeSessionID(0, 0, 1, 1), "connect", 1)
-	if err := p.Close(within(t, 10*time.Second)); err != nil {
+	if err := p.Close(within(t, testTimeout)); err != nil {
 		t.Fatal(err)
 	}
 	if r := got.of("c-1"); len(r) != 1 || r[0].Code != codec.OK {
@@ -326,7 +326,7 @@ func TestLogins(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := a.Reachable(within(t, 10*time.Second)); err != nil {
+			if err := a.Reachable(within(t, testTimeout)); err != nil {
 				t.Fatal(err)
 			}
 			var got answers
@@ -339,18 +339,18 @@ func TestLogins(t *testing.T) {
 				t.Fatal(err)
 			}
 			// The fake just hangs up on a wrong password, Kafka says so.
-			if err := a.Reachable(within(t, 10*time.Second)); err == nil || strings.Contains(err.Error(), "guess") {
+			if err := a.Reachable(within(t, testTimeout)); err == nil || strings.Contains(err.Error(), "guess") {
 				t.Fatalf("wrong password: %v", err)
 			}
 			c.Fault(kfake.Fault{Keys: []kmsg.Key{kmsg.SASLAuthenticate}, TopLevel: true, Err: kerr.SaslAuthenticationFailed, Count: -1})
-			if err := a.Reachable(within(t, 10*time.Second)); !errors.Is(err, ErrLogin) {
+			if err := a.Reachable(within(t, testTimeout)); !errors.Is(err, ErrLogin) {
 				t.Fatalf("wrong password: %v", err)
 			}
 			p, err = NewProducer(opts, got.take, testShards)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := p.Run(within(t, 10*time.Second)); !errors.Is(err, sarama.ErrSASLAuthenticationFailed) {
+			if err := p.Run(within(t, testTimeout)); !errors.Is(err, sarama.ErrSASLAuthenticationFailed) {
 				t.Fatalf("Run with a wrong password: %v", err)
 			}
 		})

@@ -154,7 +154,7 @@ func TestReachableBesideFrozenBroker(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 64 { // until the frozen one was asked first
-		if err := a.Reachable(within(t, 10*time.Second)); err != nil {
+		if err := a.Reachable(within(t, testTimeout)); err != nil {
 			t.Fatal(err)
 		}
 		if asked.Load() > 0 {

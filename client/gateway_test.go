@@ -23,7 +23,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-const patience = 20 * time.Second // a deadline for what should happen soon
+const patience = 60 * time.Second // a deadline for what should happen soon
 
 // gateway is a server whose every connection runs a script.
 type gateway struct {

@@ -289,7 +289,7 @@ func TestGRPCReflection(t *testing.T) {
 }
 
 func reflectServices(ctx context.Context, conn *grpc.ClientConn) ([]string, error) {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	stream, err := grpc_reflection_v1.NewServerReflectionClient(conn).ServerReflectionInfo(ctx)
 	if err != nil {

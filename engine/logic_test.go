@@ -44,7 +44,7 @@ func TestLogicRoundRobin(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if err := WaitLogic(ctx, conn); err != nil {
 		t.Fatal(err)

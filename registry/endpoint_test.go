@@ -284,6 +284,6 @@ func TestEtcdLogin(t *testing.T) {
 	if metric(t, metrics, "im_gateway_registry_registered", "", "") != 1 {
 		t.Error("the gauge does not say registered")
 	}
-	must(nil, r.Deregister(ctx))
-	must(nil, w.Release(ctx))
+	must(nil, r.Deregister(within(t)))
+	must(nil, w.Release(within(t)))
 }

@@ -20,7 +20,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const (
 	// patience bounds whatever a test waits for.
-	patience = 20 * time.Second
+	patience = 60 * time.Second
 	// leaseTTL is the shortest that the servers under test grant.
 	leaseTTL = time.Second
 )

@@ -126,7 +126,7 @@ func TestPresenceEntry(t *testing.T) {
 	if got := fields(t, c, "alice"); !maps.Equal(got, want) {
 		t.Errorf("entry %v, want %v", got, want)
 	}
-	if d := ttl(t, c, "alice"); d <= presenceTTL-10*time.Second || d > presenceTTL {
+	if d := ttl(t, c, "alice"); d <= presenceTTL-30*time.Second || d > presenceTTL {
 		t.Errorf("TTL %s", d)
 	}
 	if at, found := lookup(t, b, "alice"); !found || at != (Location{GatewayID: "gw-a", Session: "s1", ConnectedAt: 1760000000000, Version: first.Version}) {
@@ -161,7 +161,7 @@ func TestPresenceRefresh(t *testing.T) {
 	if refresh(t, a, "alice", "s1", old) {
 		t.Error("superseded by itself")
 	}
-	if d := ttl(t, c, "alice"); d <= presenceTTL-10*time.Second {
+	if d := ttl(t, c, "alice"); d <= presenceTTL-30*time.Second {
 		t.Errorf("not extended: %s", d)
 	}
 
@@ -192,7 +192,7 @@ func TestPresenceRefresh(t *testing.T) {
 	if got := fields(t, c, "alice"); !maps.Equal(got, want) {
 		t.Errorf("entry %v, want %v", got, want)
 	}
-	if d := ttl(t, c, "alice"); d <= presenceTTL-10*time.Second {
+	if d := ttl(t, c, "alice"); d <= presenceTTL-30*time.Second {
 		t.Errorf("TTL %s", d)
 	}
 	if !refresh(t, a, "alice", "s1", old) {

@@ -117,7 +117,7 @@ func TestAddressLimits(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = nc.Close() })
-		_ = nc.SetDeadline(time.Now().Add(10 * time.Second))
+		_ = nc.SetDeadline(time.Now().Add(time.Minute))
 		c := &client{t, nc, bufio.NewReader(nc)}
 		c.send("GET /ws HTTP/1.1\r\n", upgradeLines, "Authorization: Bearer ", token(t, "u", time.Hour), "\r\n\r\n")
 		resp, body := c.answer()

@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 		goleak.IgnoreAnyFunction("github.com/panjf2000/ants/v2.(*poolCommon).ticktock"))
 }
 
-const patience = 20 * time.Second
+const patience = 60 * time.Second
 
 var secret = []byte("0123456789abcdef0123456789abcdef")
 

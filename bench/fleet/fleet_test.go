@@ -63,7 +63,7 @@ func (r *recorder) Closed(c *Conn, code int, err error, _ time.Time) {
 
 func (r *recorder) await(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
 		r.mu.Lock()
 		done := ok()
 		r.mu.Unlock()

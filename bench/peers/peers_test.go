@@ -21,7 +21,7 @@ import (
 	"go.uber.org/goleak"
 )
 
-const patience = 30 * time.Second
+const patience = 60 * time.Second
 
 var binaries string
 

@@ -32,7 +32,7 @@ func TestMain(m *testing.M) {
 		goleak.IgnoreAnyFunction("github.com/rcrowley/go-metrics.(*meterArbiter).tick"))
 }
 
-const testDeadline = 40 * time.Second
+const testDeadline = 60 * time.Second
 
 // free are flags that take no port that something else may want.
 var free = []string{"-http", "127.0.0.1:0", "-page", "127.0.0.1:0", "-admin", "127.0.0.1:0", "-grpc", "127.0.0.1:0"}
@@ -111,7 +111,7 @@ func TestWholeSystem(t *testing.T) {
 		}
 		return m[1]
 	}
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: testDeadline}
 
 	gateway := find(`curl -s (http://\S+)/api/auth/login`)
 	pageURL := find(`Chat page +(http://\S+/)`)

@@ -40,7 +40,7 @@ type world struct {
 }
 
 func newWorld(t *testing.T) *world {
-	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
 	down := []string{DefaultDownstreamTopicPrefix + "g1", DefaultDownstreamTopicPrefix + "g2"}
 	servers, err := embedded.Start(ctx, embedded.Options{Topics: append([]string{DefaultUpstreamTopic}, down...)})

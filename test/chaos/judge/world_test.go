@@ -22,7 +22,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const (
-	testTimeout = 30 * time.Second
+	testTimeout = 60 * time.Second
 	upTopic     = "up"
 	undTopic    = "undelivered"
 	deadTopic   = "dead"

@@ -19,7 +19,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-const testTimeout = 20 * time.Second
+const testTimeout = 60 * time.Second
 
 // gateway is a server whose connections behave as a test's script says, one script per connection
 // in the order of their coming; the last one serves all further ones.
