@@ -38,6 +38,7 @@ func (e *etcdServer) start() {
 	cfg.Dir = filepath.Join(e.dir, "data")
 	cfg.LogLevel = "panic"
 	cfg.UnsafeNoFsync = true
+	cfg.BcryptCost = 4 // the least: hashing under -race takes seconds
 	cfg.TickMs, cfg.ElectionMs = 10, 100
 	client := url.URL{Scheme: "http", Host: fmt.Sprintf("127.0.0.1:%d", e.port)}
 	peer := url.URL{Scheme: "http", Host: "127.0.0.1:0"}

@@ -255,7 +255,7 @@ func TestEtcdLogin(t *testing.T) {
 	if err := Reachable(ctx, admin); err == nil {
 		t.Error("read without a login")
 	}
-	c, err := Connect(EtcdOptions{Endpoints: []string{e.endpoint()}, Username: "im", Password: "secret"})
+	c, err := Connect(EtcdOptions{Endpoints: []string{e.endpoint()}, Username: "im", Password: "secret", DialTimeout: patience})
 	if err != nil {
 		t.Fatal(err)
 	}
