@@ -41,7 +41,7 @@ type Config struct {
 type HTTP struct {
 	// The public listener, WebSocket and HTTP API alike.
 	Addr string `koanf:"addr" check:"listen" required:"true"`
-	// Event loops, which own the connections. 0: half the cores. Cost: a goroutine and 64 KiB each;
+	// Event loops, which own the connections. 0: half the cores that the process may use. Cost: a goroutine and 64 KiB each;
 	// more than the cores only adds wake-ups.
 	Loops int `koanf:"loops" range:"0..256"`
 	// The web origins that browsers may call the HTTP API from; * stands for every origin. Empty:
@@ -404,7 +404,7 @@ type AdminTLS struct {
 
 // Shard is the session registry.
 type Shard struct {
-	// Shards, each one goroutine that owns the sessions of its users. 0: half the cores.
+	// Shards, each one goroutine that owns the sessions of its users. 0: half the cores that the process may use.
 	Count int `koanf:"count" range:"0..256"`
 }
 

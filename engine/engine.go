@@ -299,5 +299,5 @@ func (e *Engine) await(ctx context.Context, need string, f func(context.Context)
 
 // halfTheCores is how many event loops, and how many shards, there are unless configured. A loop
 // and a shard keep a core busy together with what sarama does for them; more of them only makes
-// batches smaller and wake-ups more frequent.
-func halfTheCores() int { return max(1, runtime.NumCPU()/2) }
+// batches smaller and wake-ups more frequent. A container's quota of CPU counts, not the machine's cores.
+func halfTheCores() int { return min(max(1, runtime.GOMAXPROCS(0)/2), codec.MaxShards) }

@@ -156,7 +156,7 @@ func TestSlowVerifierAfterHTTP(t *testing.T) {
 	}
 	block, release := blocker()
 	eventually(t, func() bool {
-		held := int(running.Load()) == max(1, runtime.NumCPU()/2) // before: then the queue stays full
+		held := int(running.Load()) == max(1, runtime.GOMAXPROCS(0)/2) // before: then the queue stays full
 		select {
 		case s.verify <- block:
 			return false
@@ -174,10 +174,10 @@ func TestSlowVerifierAfterHTTP(t *testing.T) {
 
 	running.Store(0)
 	block, release = blocker()
-	for range max(1, runtime.NumCPU()/2) {
+	for range max(1, runtime.GOMAXPROCS(0)/2) {
 		s.verify <- block
 	}
-	eventually(t, func() bool { return int(running.Load()) == max(1, runtime.NumCPU()/2) })
+	eventually(t, func() bool { return int(running.Load()) == max(1, runtime.GOMAXPROCS(0)/2) })
 	c := dial(t, s)
 	c.send("GET /a HTTP/1.1\r\nHost: h\r\n\r\n")
 	c.answer()

@@ -82,7 +82,7 @@ const (
 )
 
 func (o *Options) validate() error {
-	def(&o.Loops, runtime.NumCPU())
+	def(&o.Loops, runtime.GOMAXPROCS(0))
 	def(&o.HeadBytes, 8<<10)
 	def(&o.HandshakeTimeout, 10*time.Second)
 	def(&o.Heartbeat, 30*time.Second)
@@ -235,7 +235,7 @@ func (s *Server) Start(ctx context.Context) error {
 	s.children.Go(func() { s.tick(runCtx) })
 	if s.http != nil {
 		s.children.Go(s.http.serve)
-		for range max(1, runtime.NumCPU()/2) {
+		for range max(1, runtime.GOMAXPROCS(0)/2) {
 			s.children.Go(func() { s.checkTokens(runCtx) })
 		}
 	}
