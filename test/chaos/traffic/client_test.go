@@ -281,7 +281,7 @@ func TestClientWithAWindow(t *testing.T) {
 		for range 4 {
 			first = append(first, p.receive().MessageID)
 		}
-		p.failed(first[1], "OVERLOADED", 30)
+		p.failed(first[1], "OVERLOADED", 1000)
 		for _, i := range []int{3, 2, 0} {
 			p.success(first[i], i)
 		}
@@ -290,7 +290,9 @@ func TestClientWithAWindow(t *testing.T) {
 		}
 	})
 	r := runClient(t, ClientOptions{Every: every, Window: 4}, g)
-	c := r.until("acks", func(c *ClientLog) bool { return successes(c) >= 8 })
+	c := r.until("u-2 again", func(c *ClientLog) bool {
+		return successes(c) >= 8 && slices.ContainsFunc(c.Acks, func(a Ack) bool { return a.ID == "u-2" && a.Success() })
+	})
 	if got, want := ids(c)[:5], []string{"u-1", "u-2", "u-3", "u-4", "u-5"}; !slices.Equal(got, want) {
 		t.Errorf("sent %v, want %v first", got, want)
 	}
