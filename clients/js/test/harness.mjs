@@ -1,7 +1,7 @@
 // What the tests of the real gateway share: servers and gateways to kill, a TCP proxy that cuts, and all of
 // it behind one HTTP server, so that a browser can use it as Node does. Needs bin/ (make build-test-js).
 import { spawn } from "node:child_process";
-import { createHmac, randomBytes } from "node:crypto";
+import { createHmac, randomBytes, randomInt } from "node:crypto";
 import { once } from "node:events";
 import { createServer as createHTTP } from "node:http";
 import { connect, createServer } from "node:net";
@@ -13,13 +13,19 @@ const bin = (name) => fileURLToPath(new URL("../../../bin/" + name, import.meta.
 const secret = randomBytes(24).toString("hex");
 const PATIENCE_MS = 60_000;
 
+// freePort finds a port that nobody listens on, below those that systems give to outgoing connections, one of
+// which could else take it while its server is down.
 async function freePort() {
-  const s = createServer().listen(0, "127.0.0.1");
-  await once(s, "listening");
-  const { port } = s.address();
-  s.close();
-  await once(s, "close");
-  return port;
+  for (let i = 0; i < 100; i++) {
+    const port = randomInt(12_000, 32_000);
+    const s = createServer();
+    const free = await new Promise((f) => s.on("error", () => f(false)).listen(port, "127.0.0.1", () => f(true)));
+    if (!free) continue;
+    s.close();
+    await once(s, "close");
+    return port;
+  }
+  throw new Error("no free port");
 }
 
 // launch starts a program and ends it with this process.
