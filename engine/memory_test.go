@@ -66,3 +66,14 @@ func TestTrimStart(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// What the process may use counts (a quota of CPU lowers it), not what the machine has.
+func TestHalfTheCores(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(0))
+	for allowed, want := range map[int]int{1: 1, 2: 1, 3: 1, 4: 2, 64: 32, 1000: 256} {
+		runtime.GOMAXPROCS(allowed)
+		if got := halfTheCores(); got != want {
+			t.Errorf("%d of each with %d cores, want %d", got, allowed, want)
+		}
+	}
+}
