@@ -41,7 +41,7 @@ test-fast: ## unit tests and end to end on embedded servers; needs only Go
 	$(GO) test -count=1 -timeout $(TIMEOUT) -skip 'InChromium|TestBehind' ./test/e2e -backend=embedded
 
 test-unit:
-	CGO_ENABLED=1 $(GO) test -race -timeout $(TIMEOUT) ./bench/... ./broker/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./transport/... ./client/... ./test/chaos/judge ./test/chaos/traffic ./test/abuse/...
+	CGO_ENABLED=1 $(GO) test -race -timeout $(TIMEOUT) ./transport/... ./bench/... ./broker/... ./cmd/... ./codec/... ./engine/... ./registry/... ./shard/... ./client/... ./test/chaos/judge ./test/chaos/traffic ./test/abuse/...
 	cd bench/peers && $(GO) test -timeout $(TIMEOUT) -run 'TestEcho|TestCentrifuge|TestRawWrite' .
 
 test-schema: build ## drive the HTTP API by its OpenAPI document; needs python3 with venv and fetches schemathesis
@@ -55,7 +55,7 @@ $(specs): test/specs/package-lock.json
 
 test-real:
 	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./registry/...
-	$(GO) run ./test/servers/cmd/withkafka $(GO) test -count=1 -timeout $(TIMEOUT) -tags realkafka,kafkaoutage -run "Real|Kafka|ThroughADeath" ./broker
+	$(GO) run ./test/servers/cmd/withkafka $(GO) test -count=1 -parallel 8 -timeout $(TIMEOUT) -tags realkafka,kafkaoutage -run "Real|Kafka|ThroughADeath" ./broker
 	$(GO) run ./test/servers/cmd/withkafka -redis $(GO) -C bench/peers test -count=1 -timeout $(TIMEOUT) -run 'TestSeed|TestSarama' .
 	$(GO) test -count=1 -timeout $(TIMEOUT) -tags real ./test/e2e -backend=real
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,6 +21,7 @@ type fault struct {
 	short      bool // in the short form too
 	users      int  // 0: defaultUsers
 	every      time.Duration
+	patience   time.Duration                           // for what is under way to end afterwards; 0: a minute
 	front      bool                                    // clients connect through the proxies before the gateways
 	do         func(ctx context.Context, r *row) error // breaks, looks, mends
 }
@@ -111,6 +113,7 @@ func runFault(ctx context.Context, w *world.World, f fault, short bool) (judge.R
 	if short {
 		users = min(users, 1000)
 	}
+	patience := cmp.Or(f.patience, time.Minute)
 	every := f.every
 	if every == 0 {
 		every = 250 * time.Millisecond
@@ -162,10 +165,10 @@ func runFault(ctx context.Context, w *world.World, f fault, short bool) (judge.R
 	}
 	sleep(ctx, 2*time.Second)
 	r.swarm.StopSending()
-	if err := r.swarm.WaitQuiet(ctx, 60*time.Second); err != nil {
+	if err := r.swarm.WaitQuiet(ctx, patience); err != nil {
 		r.fail("%v", err)
 	}
-	ledgers := r.ledgers(ctx)
+	ledgers := r.ledgers(ctx, patience)
 	logs := r.swarm.Log.Snapshot()
 	e := judge.Evidence{
 		Logs: logs, UpstreamTopic: world.UpstreamTopic, UndeliveredTopic: world.UndeliveredTopic,
@@ -234,12 +237,12 @@ func gaps(logs traffic.Logs) string {
 }
 
 // ledgers waits until nothing is open on any gateway and checks that the accounts balance.
-func (r *row) ledgers(ctx context.Context) string {
+func (r *row) ledgers(ctx context.Context, patience time.Duration) string {
 	var parts []string
 	for _, g := range r.w.Gateways {
 		var l world.Ledger
 		var err error
-		settled := until(ctx, 45*time.Second, func() bool {
+		settled := until(ctx, patience, func() bool {
 			l, err = g.Ledger(ctx)
 			return err == nil && l.Downstream.Open == 0 && l.Upstream.Open == 0
 		})

@@ -87,6 +87,7 @@ func selfTest(ctx context.Context, w *world.World, short bool) (caught []string,
 		if err := restartAll(ctx, w, map[string]string{"CHAOS_DEFECT": d.name}); err != nil {
 			return caught, err
 		}
+		d.fault.patience = 15 * time.Second // what a defect has lost never comes
 		row, err := runFault(ctx, w, d.fault, short)
 		if err != nil {
 			return caught, fmt.Errorf("%s: %w", d.fault.name, err)
