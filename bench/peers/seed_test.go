@@ -4,8 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"strconv"
@@ -20,6 +18,9 @@ import (
 
 const testSecret = "a-secret-of-the-seed-stack-test-0123"
 
+// admin is on an address of its own, where nothing else listens.
+const admin = "127.0.0.9:17999"
+
 type seedFixture struct {
 	addr, admin, gateway, upstream, kafka string
 	redis                                 rueidis.Client
@@ -32,7 +33,7 @@ func startSeed(t *testing.T) seedFixture {
 		t.Skip("IM_TEST_KAFKA and IM_TEST_REDIS (host:port) are not both set: the seed stack needs a real Kafka and Redis")
 	}
 	id := strconv.FormatInt(time.Now().UnixNano(), 36)
-	f := seedFixture{gateway: "seed-" + id, upstream: "up-" + id, kafka: kafkaAddr, admin: freeAddr(t)}
+	f := seedFixture{gateway: "seed-" + id, upstream: "up-" + id, kafka: kafkaAddr, admin: admin}
 	rdb, err := rueidis.NewClient(rueidis.ClientOption{InitAddress: []string{redisAddr}, DisableCache: true})
 	if err != nil {
 		t.Fatal(err)
@@ -50,20 +51,6 @@ func startSeed(t *testing.T) seedFixture {
 		kafka.DefaultTransport.(*kafka.Transport).CloseIdleConnections()
 	})
 	return f
-}
-
-// freeAddr finds an address that nobody listens on, below the ports of outgoing connections.
-func freeAddr(t *testing.T) string {
-	t.Helper()
-	for range 100 {
-		addr := fmt.Sprintf("127.0.0.1:%d", 12000+rand.IntN(20000))
-		if ln, err := net.Listen("tcp", addr); err == nil {
-			_ = ln.Close()
-			return addr
-		}
-	}
-	t.Fatal("no free port")
-	return ""
 }
 
 func signed(t *testing.T, secret string, claims jwt.MapClaims) string {

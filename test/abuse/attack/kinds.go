@@ -84,12 +84,17 @@ func neverRead(ctx context.Context, a *attacker) string {
 		return outcome
 	}
 	defer c.hangUp()
+	c.leaveUnread(ctx, a)
+	return c.outcome()
+}
+
+// leaveUnread reads nothing until the attack is over, and leaves 3 s to read all there is.
+func (c *conn) leaveUnread(ctx context.Context, a *attacker) {
 	c.detach()
 	a.begun()
 	<-ctx.Done()
 	c.ctx = context.WithoutCancel(ctx)
 	_ = c.SetDeadline(time.Now().Add(3 * time.Second))
-	return c.outcome()
 }
 
 // deadStreams is neverRead by event streams.
@@ -105,11 +110,7 @@ func deadStreams(ctx context.Context, a *attacker) string {
 	if outcome := c.response(); outcome != "HTTP 200" {
 		return outcome
 	}
-	c.detach()
-	a.begun()
-	<-ctx.Done()
-	c.ctx = context.WithoutCancel(ctx)
-	_ = c.SetDeadline(time.Now().Add(3 * time.Second))
+	c.leaveUnread(ctx, a)
 	return c.streamOutcome()
 }
 
