@@ -1,5 +1,5 @@
 // What the tests of the real gateway share: servers and gateways to kill, a TCP proxy that cuts, and all of
-// it behind one HTTP server, so that a browser can use it as Node does. Needs bin/ (make build-test-js).
+// it behind one HTTP server, so that a browser can use it as Node does. Needs bin/, which `make test-js` builds.
 import { spawn } from "node:child_process";
 import { createHmac, randomBytes, randomInt } from "node:crypto";
 import { once } from "node:events";
@@ -32,7 +32,7 @@ async function freePort() {
 function launch(name, env) {
   const child = spawn(bin(name), { stdio: ["pipe", "pipe", "pipe"], env: { PATH: process.env.PATH, HOME: process.env.HOME, ...env } });
   child.log = "";
-  child.on("error", (e) => { child.log += e; }); // no such file: make build-test-js
+  child.on("error", (e) => { child.log += e; }); // no such file: `make test-js` builds it
   for (const s of [child.stdout, child.stderr]) s.on("data", (d) => { child.log += d; });
   child.exited = once(child, "close");
   child.exited.catch(() => {});
